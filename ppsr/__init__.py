@@ -1,5 +1,15 @@
-"""Pure-Pass for BasicSR. `import ppsr` registers the archs and models of this package in basicsr's registries."""
+"""Pure-Pass for BasicSR.
 
-from ppsr.version import __version__
+``import ppsr`` makes basicsr 1.4.2 importable on today's stack (:mod:`ppsr.compat`) and registers this package's archs,
+models and data sets in basicsr's registries, so that an options file may name them. It changes nothing else.
+"""
 
-__all__ = ['__version__']
+from ppsr import compat
+
+compat.apply()  # before anything of basicsr
+
+import ppsr.archs  # noqa: E402, F401
+from ppsr.pure_pass import PurePass  # noqa: E402
+from ppsr.version import __version__  # noqa: E402
+
+__all__ = ['PurePass', '__version__']
