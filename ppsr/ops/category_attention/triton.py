@@ -1,0 +1,378 @@
+"""Masked category attention on CUDA, in Triton.
+
+Built to spend nothing on pure tokens and to keep the host out of it:
+
+- The tokens are sorted once (torch.sort on the device); the kernels gather queries, keys and values through that order
+  and scatter the result, so neither qkv nor its gradient is ever copied into sorted order.
+- How many tokens of an image are active stays on the device. The grid is sized for the worst case, nothing pure: one
+  program for each head and each block of BLOCK_M sorted positions of a group. Positions behind the last active one are
+  the pure tokens, so the programs that attention does not need write the compensation and return. Nothing waits for
+  the device and `scale` is read there, too: the whole operator can be captured in a CUDA graph.
+- Scaling, softmax (online, so that a group may be larger than a block), the product with v and the compensation are
+  one kernel. Logits are kept in base 2 because the hardware's exponential is 2^x.
+- The backward pass recomputes the probabilities from the log-sum-exp: one kernel by query blocks (dq, and the partial
+  sums of the gradient of scale), one by key blocks (dk, dv). A token that fills up the last group has a second role as
+  a key there: the program of its key block simply visits the last group as well. No atomics, hence the same bits in
+  every run.
+
+Positions are in sorted order: group G holds the positions G·S … G·S + g − 1, S = category_size, g = min(n, S), n active
+tokens; place n + i of the last group is filled with the token at n − 1 − i (see ``reference.group_index``). Head dims
+that are no power of two, or below the 16 that tl.dot needs, are padded with zeros in registers. Products and sums are
+accumulated in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ppsr.ops.category_attention.reference import sort_tokens
+
+__all__ = ['backward', 'config', 'forward']
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _program(num_blocks, CATEGORY_SIZE: tl.constexpr, BLOCK: tl.constexpr, NUM_HEADS: tl.constexpr):
+    """The image, the head, the group and the sorted positions of the group that this program serves.
+
+    Heads come first: the programs that read neighbouring channels of the same tokens run side by side.
+    """
+    image = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) % NUM_HEADS
+    block = tl.program_id(0) // NUM_HEADS
+    group = block // num_blocks
+    place = (block % num_blocks) * BLOCK + tl.arange(0, BLOCK)
+    position = group * CATEGORY_SIZE + place
+    return image, head, group, position, place < CATEGORY_SIZE
+
+
+@triton.jit
+def _rows(ptr, stride, token, mask, channel, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, stride_c):
+    """Addresses and mask of (tokens, head channels from `channel` on), padded to (…, BLOCK_D)."""
+    d = tl.arange(0, BLOCK_D)
+    return ptr + token[:, None] * stride + (channel + d)[None, :] * stride_c, mask[:, None] & (d < HEAD_DIM)[None, :]
+
+
+@triton.jit
+def _load(ptr, stride, token, mask, channel, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, stride_c):
+    address, mask = _rows(ptr, stride, token, mask, channel, HEAD_DIM, BLOCK_D, stride_c)
+    return tl.load(address, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptr, stride, token, mask, channel, value, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, stride_c):
+    address, mask = _rows(ptr, stride, token, mask, channel, HEAD_DIM, BLOCK_D, stride_c)
+    tl.store(address, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _key_tokens(order, n, group, start, CATEGORY_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tokens at the places start … start + BLOCK_N − 1 of a group, filled up if it is the last, and which exist."""
+    place = start + tl.arange(0, BLOCK_N)
+    exists = place < tl.minimum(n, CATEGORY_SIZE)
+    position = group * CATEGORY_SIZE + place
+    position = tl.where(position < n, position, 2 * n - 1 - position)
+    return tl.load(order + position, mask=exists, other=0).to(tl.int64), exists
+
+
+@triton.jit
+def _forward_kernel(
+    qkv,
+    order,
+    counts,
+    scale,
+    out,
+    lse,
+    num_tokens,
+    num_blocks,
+    stride_b,
+    stride_n,
+    stride_c,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CATEGORY_SIZE: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    channels: tl.constexpr = NUM_HEADS * HEAD_DIM
+    image, head, group, position, exists = _program(num_blocks, CATEGORY_SIZE, BLOCK_M, NUM_HEADS)
+    exists &= position < num_tokens
+    n = tl.load(counts + image)
+    active = exists & (position < n)
+    pure = exists & (position >= n)
+
+    qkv += image * stride_b
+    order += image * num_tokens
+    out += image * num_tokens * channels
+    lse += (image * NUM_HEADS + head) * num_tokens
+    at_q = head * HEAD_DIM
+    at_k = channels + at_q
+    at_v = 2 * channels + at_q
+    token = tl.load(order + position, mask=exists, other=0).to(tl.int64)
+
+    if tl.max(position) >= n:  # pure tokens, if any: their compensation
+        if KEEP:
+            value = _load(qkv, stride_n, token, pure, at_v, HEAD_DIM, BLOCK_D, stride_c)
+        else:
+            value = tl.zeros((BLOCK_M, BLOCK_D), qkv.dtype.element_ty)
+        _store(out, channels, token, pure, at_q, value, HEAD_DIM, BLOCK_D, 1)
+        tl.store(lse + token, tl.zeros((BLOCK_M,), tl.float32), mask=pure)
+    if tl.min(position) >= n:
+        return
+
+    q = _load(qkv, stride_n, token, active, at_q, HEAD_DIM, BLOCK_D, stride_c)
+    scale2 = tl.load(scale).to(tl.float32) * LOG2_E
+    peak = tl.full((BLOCK_M,), float('-inf'), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in range(0, tl.minimum(n, CATEGORY_SIZE), BLOCK_N):
+        key, counted = _key_tokens(order, n, group, start, CATEGORY_SIZE, BLOCK_N)
+        k = _load(qkv, stride_n, key, counted, at_k, HEAD_DIM, BLOCK_D, stride_c)
+        v = _load(qkv, stride_n, key, counted, at_v, HEAD_DIM, BLOCK_D, stride_c)
+        logits = tl.dot(q, tl.trans(k), input_precision='ieee') * scale2
+        logits = tl.where(counted[None, :], logits, float('-inf'))
+        new_peak = tl.maximum(peak, tl.max(logits, 1))  # finite from the first block on: it holds a key that exists
+        p = tl.exp2(logits - new_peak[:, None])
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision='ieee')
+        peak = new_peak
+    _store(out, channels, token, active, at_q, acc / total[:, None], HEAD_DIM, BLOCK_D, 1)
+    tl.store(lse + token, (peak + tl.log2(total)) * LN_2, mask=active)
+
+
+@triton.jit
+def _query_gradient_kernel(
+    grad_out,
+    qkv,
+    out,
+    lse,
+    order,
+    counts,
+    scale,
+    grad_qkv,
+    grad_scale,
+    delta,
+    num_tokens,
+    num_blocks,
+    stride_b,
+    stride_n,
+    stride_c,
+    grad_stride_b,
+    grad_stride_n,
+    grad_stride_c,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CATEGORY_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dq, delta = rowsum(dO ∘ O) for the other kernel, and this program's part of the gradient of scale."""
+    channels: tl.constexpr = NUM_HEADS * HEAD_DIM
+    image, head, group, position, exists = _program(num_blocks, CATEGORY_SIZE, BLOCK_M, NUM_HEADS)
+    exists &= position < num_tokens
+    n = tl.load(counts + image)
+    active = exists & (position < n)
+
+    qkv += image * stride_b
+    grad_qkv += image * grad_stride_b
+    order += image * num_tokens
+    out += image * num_tokens * channels
+    grad_out += image * num_tokens * channels
+    lse += (image * NUM_HEADS + head) * num_tokens
+    delta += (image * NUM_HEADS + head) * num_tokens
+    grad_scale += image * tl.num_programs(0) + tl.program_id(0)
+    at_q = head * HEAD_DIM
+    at_k = channels + at_q
+    at_v = 2 * channels + at_q
+    token = tl.load(order + position, mask=exists, other=0).to(tl.int64)
+
+    if tl.min(position) >= n:
+        zero = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        _store(grad_qkv, grad_stride_n, token, exists, at_q, zero, HEAD_DIM, BLOCK_D, grad_stride_c)
+        tl.store(grad_scale, 0.0)
+        return
+
+    # rows that are not active are zeros and stay zeros throughout: a pure token's dq is right as it comes
+    q = _load(qkv, stride_n, token, active, at_q, HEAD_DIM, BLOCK_D, stride_c)
+    o = _load(out, channels, token, active, at_q, HEAD_DIM, BLOCK_D, 1)
+    do = _load(grad_out, channels, token, active, at_q, HEAD_DIM, BLOCK_D, 1)
+    row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta + token, row_delta, mask=active)
+    lse2 = tl.load(lse + token, mask=active, other=0.0) * LOG2_E
+    s = tl.load(scale).to(tl.float32)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dscale = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, tl.minimum(n, CATEGORY_SIZE), BLOCK_N):
+        key, counted = _key_tokens(order, n, group, start, CATEGORY_SIZE, BLOCK_N)
+        k = _load(qkv, stride_n, key, counted, at_k, HEAD_DIM, BLOCK_D, stride_c)
+        v = _load(qkv, stride_n, key, counted, at_v, HEAD_DIM, BLOCK_D, stride_c)
+        product = tl.dot(q, tl.trans(k), input_precision='ieee')
+        p = tl.where(counted[None, :] & active[:, None], tl.exp2(product * (s * LOG2_E) - lse2[:, None]), 0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision='ieee')
+        ds = p * (dp - row_delta[:, None])  # gradient of the logits
+        dscale += tl.sum(ds * product, 1)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision='ieee')
+    _store(grad_qkv, grad_stride_n, token, exists, at_q, dq * s, HEAD_DIM, BLOCK_D, grad_stride_c)
+    tl.store(grad_scale, tl.sum(dscale))
+
+
+@triton.jit
+def _key_gradient_kernel(
+    grad_out,
+    qkv,
+    lse,
+    order,
+    counts,
+    scale,
+    grad_qkv,
+    delta,
+    num_tokens,
+    num_blocks,
+    stride_b,
+    stride_n,
+    stride_c,
+    grad_stride_b,
+    grad_stride_n,
+    grad_stride_c,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CATEGORY_SIZE: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dk and dv of a block of keys, pure tokens included; logits are transposed here, (keys, queries)."""
+    channels: tl.constexpr = NUM_HEADS * HEAD_DIM
+    image, head, group, position, exists = _program(num_blocks, CATEGORY_SIZE, BLOCK_N, NUM_HEADS)
+    exists &= position < num_tokens
+    n = tl.load(counts + image)
+    active = exists & (position < n)
+    pure = exists & (position >= n)
+
+    qkv += image * stride_b
+    grad_qkv += image * grad_stride_b
+    order += image * num_tokens
+    grad_out += image * num_tokens * channels
+    lse += (image * NUM_HEADS + head) * num_tokens
+    delta += (image * NUM_HEADS + head) * num_tokens
+    at_q = head * HEAD_DIM
+    at_k = channels + at_q
+    at_v = 2 * channels + at_q
+    token = tl.load(order + position, mask=exists, other=0).to(tl.int64)
+
+    if tl.max(position) >= n:  # pure tokens, if any
+        dv = tl.zeros((BLOCK_N, BLOCK_D), grad_out.dtype.element_ty)
+        _store(grad_qkv, grad_stride_n, token, pure, at_k, dv, HEAD_DIM, BLOCK_D, grad_stride_c)
+        if KEEP:
+            dv = _load(grad_out, channels, token, pure, at_q, HEAD_DIM, BLOCK_D, 1)
+        _store(grad_qkv, grad_stride_n, token, pure, at_v, dv, HEAD_DIM, BLOCK_D, grad_stride_c)
+    if tl.min(position) >= n:
+        return
+
+    # the positions that fill up the last group are the last ones, as many as places are missing
+    last = (n - 1) // CATEGORY_SIZE
+    fills = position >= 2 * n - tl.maximum(n, (last + 1) * CATEGORY_SIZE)
+    fills = fills & active & (n > CATEGORY_SIZE)
+    roles = 1 + tl.max(fills.to(tl.int32))
+
+    k = _load(qkv, stride_n, token, active, at_k, HEAD_DIM, BLOCK_D, stride_c)
+    v = _load(qkv, stride_n, token, active, at_v, HEAD_DIM, BLOCK_D, stride_c)
+    s = tl.load(scale).to(tl.float32)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for role in range(roles):  # as a member of its group, then as filling of the last one
+        asking = tl.where(role == 0, group, last)
+        counted = active & (fills | (role == 0))
+        first = asking * CATEGORY_SIZE
+        stop = tl.minimum(n, first + CATEGORY_SIZE)
+        for start in range(first, stop, BLOCK_M):
+            query_position = start + tl.arange(0, BLOCK_M)
+            asked = query_position < stop
+            query = tl.load(order + query_position, mask=asked, other=0).to(tl.int64)
+            q = _load(qkv, stride_n, query, asked, at_q, HEAD_DIM, BLOCK_D, stride_c)
+            do = _load(grad_out, channels, query, asked, at_q, HEAD_DIM, BLOCK_D, 1)
+            lse2 = tl.load(lse + query, mask=asked, other=0.0) * LOG2_E
+            row_delta = tl.load(delta + query, mask=asked, other=0.0)
+            logits = tl.dot(k, tl.trans(q), input_precision='ieee') * (s * LOG2_E)
+            p = tl.where(counted[:, None] & asked[None, :], tl.exp2(logits - lse2[None, :]), 0.0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision='ieee')
+            dp = tl.dot(v, tl.trans(do), input_precision='ieee')
+            ds = p * (dp - row_delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision='ieee')
+    _store(grad_qkv, grad_stride_n, token, active, at_k, dk * s, HEAD_DIM, BLOCK_D, grad_stride_c)
+    _store(grad_qkv, grad_stride_n, token, active, at_v, dv, HEAD_DIM, BLOCK_D, grad_stride_c)
+
+
+def config(dtype: torch.dtype, head_dim: int, category_size: int) -> dict[str, int]:
+    """Block sizes and warps for a kernel: what is compiled for these arguments, and checked in tests to fit the GPU."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block = max(16, min(64, triton.next_power_of_2(category_size)))
+    return {'BLOCK_M': block, 'BLOCK_N': block, 'BLOCK_D': block_d, 'num_warps': 4, 'num_stages': 1}
+
+
+def _grid(qkv: Tensor, num_heads: int, category_size: int, block: int) -> tuple[tuple[int, int], int]:
+    """The grid for the case that nothing is pure, and how many blocks of it make a group."""
+    batch, n = qkv.shape[:2]
+    num_blocks = triton.cdiv(min(n, category_size), block)
+    return (triton.cdiv(n, category_size) * num_blocks * num_heads, batch), num_blocks
+
+
+def forward(qkv, category, pure, scale, num_heads, category_size, keep):
+    # half the key bits, half the passes of the radix sort; no image has 2³¹ categories
+    order, counts = sort_tokens(category.to(torch.int32), pure)
+    batch, n, c3 = qkv.shape
+    out = qkv.new_empty(batch, n, c3 // 3)
+    lse = qkv.new_empty(batch, num_heads, n, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse, order, counts
+    head_dim = c3 // 3 // num_heads
+    cfg = config(qkv.dtype, head_dim, category_size)
+    grid, num_blocks = _grid(qkv, num_heads, category_size, cfg['BLOCK_M'])
+    with torch.cuda.device_of(qkv):
+        _forward_kernel[grid](
+            *(qkv, order, counts, scale, out, lse, n, num_blocks, *qkv.stride()),
+            NUM_HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            CATEGORY_SIZE=category_size,
+            KEEP=keep,
+            **cfg,
+        )
+    return out, lse, order, counts
+
+
+def backward(grad_out, qkv, out, lse, order, counts, scale, num_heads, category_size, keep):
+    n = qkv.shape[1]
+    grad_qkv = torch.empty_like(qkv)
+    if qkv.numel() == 0:
+        return grad_qkv, torch.zeros_like(scale)
+    grad_out, out = grad_out.contiguous(), out.contiguous()
+    head_dim = qkv.shape[2] // 3 // num_heads
+    cfg = config(qkv.dtype, head_dim, category_size)
+    shape = {'NUM_HEADS': num_heads, 'HEAD_DIM': head_dim, 'CATEGORY_SIZE': category_size}
+    delta = torch.empty_like(lse)
+    grid, num_blocks = _grid(qkv, num_heads, category_size, cfg['BLOCK_M'])
+    grad_scale = qkv.new_empty(grid[1], grid[0], dtype=torch.float32)  # one partial sum for each program
+    with torch.cuda.device_of(qkv):
+        _query_gradient_kernel[grid](
+            *(grad_out, qkv, out, lse, order, counts, scale, grad_qkv, grad_scale, delta, n, num_blocks),
+            *(*qkv.stride(), *grad_qkv.stride()),
+            **shape,
+            **cfg,
+        )
+        grid, num_blocks = _grid(qkv, num_heads, category_size, cfg['BLOCK_N'])
+        _key_gradient_kernel[grid](
+            *(grad_out, qkv, lse, order, counts, scale, grad_qkv, delta, n, num_blocks),
+            *(*qkv.stride(), *grad_qkv.stride()),
+            KEEP=keep,
+            **shape,
+            **cfg,
+        )
+    return grad_qkv, grad_scale.sum().to(scale.dtype).view_as(scale)
