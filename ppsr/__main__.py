@@ -1,0 +1,5 @@
+import sys
+
+from ppsr.cli import main
+
+sys.exit(main())

@@ -1,0 +1,299 @@
+"""Reading, writing and naming weights: kept apart from the networks.
+
+Weight files of ours are safetensors whose metadata carries the configuration (what ``network_g`` says in an options
+file) and the facts of a model card. Any BasicSR ``.pth`` is read, too, with ``weights_only=True``: a pickle that would
+run code is refused.
+"""
+
+import json
+import pickle
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ppsr.atomic import atomic_path
+from ppsr.errors import UserError
+
+__all__ = [
+    'Checkpoint',
+    'guess_config',
+    'list_pretrained',
+    'load_into',
+    'load_model',
+    'read_checkpoint',
+    'resolve',
+    'save_checkpoint',
+]
+
+DEFAULT_MODEL = 'PPATDLight_x4_cpu'
+# buffers of the published checkpoints that follow from the configuration
+DERIVABLE = ('relative_position_index_SA',)
+
+
+@dataclass
+class Checkpoint:
+    """What a weight file holds.
+
+    Attributes:
+        state_dict: parameter name -> tensor, on the CPU, without derivable buffers and 'module.' prefixes.
+        config: ``type`` and constructor arguments of the network, or None where the file does not say.
+        facts: model card (strings, numbers), may be empty.
+        key: under which key the parameters were: 'params_ema', 'params', or '' for a bare state dict.
+        path: the file.
+    """
+
+    state_dict: dict[str, Tensor]
+    config: dict | None = None
+    facts: dict = field(default_factory=dict)
+    key: str = ''
+    path: Path | None = None
+
+    @property
+    def scale(self) -> int | None:
+        """Upscaling factor that the last convolution was made for, or None if there is none that we know."""
+        last = self.state_dict.get('upsample.0.weight')
+        return None if last is None else round((last.shape[0] / 3) ** 0.5)
+
+
+def read_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
+    """Read a weight file; nothing in it is executed.
+
+    Args:
+        path: .safetensors, or a torch file (.pth, .pt) as BasicSR writes it.
+        key: 'params_ema' or 'params' to prefer one; without it, or where that one is not there, the first found of
+            params_ema, params, and the bare state dict is taken.
+
+    Raises:
+        UserError: no such file, not a weight file, or one that contains more than weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'{path}: no such weight file.')
+    if path.suffix == '.safetensors':
+        return _read_safetensors(path)
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as e:
+        if 'weights_only' in str(e).lower() or 'unsupported' in str(e).lower():
+            raise UserError(
+                f'{path}: refused, because it holds more than weights (a pickle that would run code on loading); '
+                'ask its author for a .safetensors or a plain state dict.'
+            ) from e
+        raise UserError(f'{path}: not a weight file that torch can read ({_first_line(e)}).') from e
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
+        raise UserError(f'{path}: not a weight file that torch can read ({_first_line(e)}).') from e
+    return _from_content(path, content, key)
+
+
+def _from_content(path: Path, content, key: str | None) -> Checkpoint:
+    if not isinstance(content, dict):
+        raise UserError(f'{path}: holds a {type(content).__name__}, not a dictionary of parameters.')
+    for name in (key, 'params_ema', 'params'):
+        if name and isinstance(content.get(name), dict):
+            state, used = content[name], name
+            break
+    else:
+        state, used = content, ''
+    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if strange or not state:
+        found = ', '.join(map(str, strange[:5])) or 'nothing'
+        raise UserError(f'{path}: no parameters under params_ema, params or at the top level (found: {found}).')
+    return Checkpoint(_clean(state), key=used, path=path)
+
+
+def _read_safetensors(path: Path) -> Checkpoint:
+    try:
+        with safetensors.safe_open(path, framework='pt', device='cpu') as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        config, facts = json.loads(metadata.get('config', 'null')), json.loads(metadata.get('facts', '{}'))
+    except (safetensors.SafetensorError, OSError, ValueError) as e:
+        raise UserError(f'{path}: not a readable safetensors file ({_first_line(e)}).') from e
+    if config is not None and not (isinstance(config, dict) and isinstance(config.get('type'), str)):
+        raise UserError(f"{path}: its metadata 'config' is not a network configuration with a 'type'.")
+    return Checkpoint(_clean(state), config, facts if isinstance(facts, dict) else {}, 'safetensors', path)
+
+
+def _clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    state = {name.removeprefix('module.'): value for name, value in state.items()}
+    return {name: value for name, value in state.items() if name not in DERIVABLE}
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200].rstrip('.')
+
+
+def save_checkpoint(path: str | Path, state_dict: dict[str, Tensor], config: dict | None = None, facts=None) -> None:
+    """Write weights, whole or not at all: .safetensors with configuration and facts, or .pth as {'params_ema': …}.
+
+    Raises:
+        UserError: another suffix, or the disk refuses.
+    """
+    path = Path(path)
+    state = {name: value.detach().cpu().contiguous() for name, value in _clean(dict(state_dict)).items()}
+    if path.suffix not in ('.safetensors', '.pth'):
+        raise UserError(f'{path}: weights are written as .safetensors or .pth, not {path.suffix or "without suffix"}.')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            if path.suffix == '.pth':
+                torch.save({'params_ema': state}, temporary)
+            else:
+                metadata = {'format': 'pt', 'facts': json.dumps(facts or {})}
+                if config is not None:
+                    metadata['config'] = json.dumps(config)
+                safetensors.torch.save_file(state, temporary, metadata)
+    except OSError as e:
+        raise UserError(f'{path}: cannot be written ({e.strerror or e}).') from e
+
+
+def load_into(net: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> list[str]:
+    """Load parameters into a network.
+
+    Args:
+        strict: False leaves out what does not fit (a ×2 upsampler for a ×4 network, when fine-tuning).
+
+    Returns:
+        One line for each key that was left out; empty when strict.
+
+    Raises:
+        UserError: strict, and keys are missing, unexpected or of another shape; the keys are named.
+    """
+    own, given = net.state_dict(), checkpoint.state_dict
+    shapes = [
+        f'{name} is {tuple(given[name].shape)} in the file and {tuple(own[name].shape)} in the network'
+        for name in own
+        if name in given and own[name].shape != given[name].shape
+    ]
+    missing = [name for name in own if name not in given]
+    unexpected = [name for name in given if name not in own]
+    if strict and (shapes or missing or unexpected):
+        scale = getattr(net, 'upscale', None)
+        if checkpoint.scale and scale and checkpoint.scale != scale:
+            raise UserError(
+                f'{checkpoint.path}: weights for ×{checkpoint.scale}, but the network is ×{scale}; name a checkpoint '
+                'of that scale (or set strict_load_g: false to fine-tune from it).'
+            )
+        problems = shapes[:]
+        problems += [f'{len(missing)} missing: {_some(missing)}'] if missing else []
+        problems += [f'{len(unexpected)} unexpected: {_some(unexpected)}'] if unexpected else []
+        raise UserError(f'{checkpoint.path}: does not fit {type(net).__name__}: {_some(problems, "; ")}.')
+    fitting = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
+    net.load_state_dict(fitting, strict=False)
+    return (
+        shapes + [f'{name} is not in the file' for name in missing] + [f'{n} is not in the network' for n in unexpected]
+    )
+
+
+def _some(names: list[str], separator: str = ', ') -> str:
+    return separator.join(names[:4]) + (f'{separator}… ({len(names) - 4} more)' if len(names) > 4 else '')
+
+
+def guess_config(state_dict: dict[str, Tensor], arch: str = 'ATDLight') -> dict:
+    """Configuration of a checkpoint that does not carry one, from the shapes of its parameters.
+
+    category_size leaves no trace in the parameters: the published 128 is assumed. So do the settings of the mask.
+
+    Raises:
+        UserError: these are not parameters of ATD-light.
+    """
+    try:
+        layer, group = 'layers.{}.residual_group.layers.{}.', 'layers.{}.conv.weight'
+        groups = sum(group.format(i) in state_dict for i in range(len(state_dict)))
+        depths, heads = [], []
+        for i in range(groups):
+            norm = layer + 'norm1.weight'
+            depths.append(sum(norm.format(i, j) in state_dict for j in range(len(state_dict))))
+            heads.append(state_dict[layer.format(i, 0) + 'attn_win.relative_position_bias_table'].shape[1])
+        first = layer.format(0, 0)
+        embed_dim = state_dict['conv_first.weight'].shape[0]
+        table = state_dict[first + 'attn_win.relative_position_bias_table'].shape[0]
+        return {
+            'type': arch,
+            'upscale': round((state_dict['upsample.0.weight'].shape[0] / 3) ** 0.5),
+            'embed_dim': embed_dim,
+            'depths': depths,
+            'num_heads': heads,
+            'window_size': (round(table**0.5) + 1) // 2,
+            'category_size': 128,
+            'num_tokens': state_dict['layers.0.residual_group.td'].shape[0],
+            'reducted_dim': state_dict[first + 'attn_atd.wq.weight'].shape[0],
+            'convffn_kernel_size': state_dict[first + 'convffn.dwconv.depthwise_conv.0.weight'].shape[-1],
+            'mlp_ratio': state_dict[first + 'convffn.fc1.weight'].shape[0] / embed_dim,
+        }
+    except (KeyError, IndexError, ZeroDivisionError) as e:
+        raise UserError(f'these weights are not those of an ATD-light network (no {e}); give its configuration.') from e
+
+
+def _pretrained_folders() -> list[Path]:
+    """Where shipped weights lie: in the repository, and where an installed wheel puts them."""
+    return [
+        Path(__file__).resolve().parent.parent / 'experiments' / 'pretrained_models',
+        Path(sys.prefix) / 'share' / 'ppsr' / 'pretrained_models',
+    ]
+
+
+def list_pretrained() -> dict[str, Path]:
+    """Names of the shipped weights and where they lie."""
+    found = {}
+    for folder in reversed(_pretrained_folders()):
+        found.update({path.stem: path for path in sorted(folder.glob('*.safetensors'))})
+    return found
+
+
+def resolve(path_or_name: str | Path | None = None) -> Path:
+    """Path of a weight file, given by path or by the name of shipped weights; None is the default of these.
+
+    Raises:
+        UserError: neither a file nor a name that is shipped.
+    """
+    name = DEFAULT_MODEL if path_or_name is None else path_or_name
+    if Path(name).is_file():
+        return Path(name)
+    shipped = list_pretrained()
+    if str(name) in shipped:
+        return shipped[str(name)]
+    raise UserError(f'{name}: neither a weight file nor a shipped model ({", ".join(shipped) or "none is shipped"}).')
+
+
+def load_model(
+    path_or_name: str | Path | None = None,
+    arch: str | None = None,
+    pure_pass: bool = True,
+    device: str | torch.device = 'cpu',
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Build a network from a weight file and load it, in eval mode.
+
+    Args:
+        path_or_name: weight file, or the name of shipped weights; None takes the default ones.
+        arch: build this registered arch instead of the one that the file names ('PPATDLight' runs a plain ATD
+            checkpoint with Pure-Pass).
+        pure_pass: False runs PP weights dense, as ATDLight.
+        device, dtype: of the network returned.
+
+    Raises:
+        UserError: no such file or name, weights that do not fit, an arch that does not exist.
+    """
+    from basicsr.utils.registry import ARCH_REGISTRY
+
+    checkpoint = read_checkpoint(resolve(path_or_name))
+    config = dict(checkpoint.config or guess_config(checkpoint.state_dict))
+    config['type'] = arch or config['type']
+    if not pure_pass and config['type'] == 'PPATDLight':
+        config['type'] = 'ATDLight'
+    if config['type'] not in ARCH_REGISTRY:
+        raise UserError(f'{config["type"]!r} is not a registered arch.')
+    if config['type'] != 'PPATDLight':
+        config = {name: value for name, value in config.items() if not name.startswith('pp_')}
+    try:
+        net = ARCH_REGISTRY.get(config.pop('type'))(**config)
+    except (TypeError, ValueError) as e:
+        raise UserError(f'{checkpoint.path}: its configuration cannot be built: {e}') from e
+    load_into(net, checkpoint)
+    return net.to(device=device, dtype=dtype).eval()
