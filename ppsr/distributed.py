@@ -1,0 +1,49 @@
+"""Several processes: torchrun or SLURM start them, torch.distributed joins them, with NCCL on GPUs and gloo on CPUs."""
+
+import os
+import subprocess
+
+import torch
+import torch.distributed as dist
+
+from ppsr.errors import UserError
+
+__all__ = ['init_dist']
+
+
+def init_dist(opt: dict, launcher: str) -> None:
+    """Join the process group and set ``opt['dist' | 'rank' | 'world_size' | 'num_gpu']``; 'none' changes nothing.
+
+    basicsr's own function assumes CUDA. Here a process takes the GPU of its LOCAL_RANK, or the CPU when num_gpu is 0.
+
+    Raises:
+        UserError: the launcher's environment variables are not there.
+    """
+    if launcher == 'none':
+        return
+    if launcher == 'slurm':
+        _slurm_environment()
+    missing = [name for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+    if missing:
+        raise UserError(
+            f'--launcher {launcher}: {", ".join(missing)} not set; start with torchrun (docs/reproduce.md).'
+        )
+    on_gpu = opt['num_gpu'] != 0
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', os.environ['RANK'])) % torch.cuda.device_count())
+    dist.init_process_group(backend='nccl' if on_gpu else 'gloo')
+    opt.update(dist=True, rank=dist.get_rank(), world_size=dist.get_world_size())
+
+
+def _slurm_environment() -> None:
+    """Name the rendezvous in torchrun's variables; SLURM_* tell who and how many we are."""
+    try:
+        tasks, rank, local = (os.environ[f'SLURM_{name}'] for name in ('NTASKS', 'PROCID', 'LOCALID'))
+        nodes = os.environ['SLURM_NODELIST']
+    except KeyError as e:
+        raise UserError(f'--launcher slurm: {e.args[0]} is not set; start with srun.') from e
+    if 'MASTER_ADDR' not in os.environ:
+        hosts = subprocess.run(['scontrol', 'show', 'hostnames', nodes], capture_output=True, text=True, check=True)
+        os.environ['MASTER_ADDR'] = hosts.stdout.split()[0]
+    os.environ.setdefault('MASTER_PORT', '29500')
+    os.environ.update(WORLD_SIZE=tasks, RANK=rank, LOCAL_RANK=local)
