@@ -7,7 +7,7 @@ activation checkpointing see one operator. An implementation runs below autograd
 What the two operators pass on, beside the arguments that :func:`category_attention` explains: ``keep``, whether a pure
 token gets its value vector or zeros; ``lse`` (B, h, N) float32 (float64 for float64), the natural logarithm of the sum
 of each token's exp(logit); ``order`` (B, N) int32, the tokens in sorted order, the pure ones last; ``counts`` (B,)
-int32, how many are active. lse of a pure token is not read. A backward may be given what another backend's forward returned.
+int32, how many are active. lse of a pure token is not read. A backward may be given another backend's forward.
 """
 
 import torch
