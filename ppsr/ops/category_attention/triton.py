@@ -21,6 +21,8 @@ that are no power of two, or below the 16 that tl.dot needs, are padded with zer
 accumulated in float32.
 """
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,16 @@ __all__ = ['backward', 'config', 'forward']
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
+
+
+@triton.jit
+def _dot(a, b):
+    """a·b in float32; 'ieee' keeps float32 operands from being cut to TF32."""
+    if INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16; the products are exact in float32
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision='ieee')
 
 
 @triton.jit
@@ -134,13 +146,13 @@ def _forward_kernel(
         key, counted = _key_tokens(order, n, group, start, CATEGORY_SIZE, BLOCK_N)
         k = _load(qkv, stride_n, key, counted, at_k, HEAD_DIM, BLOCK_D, stride_c)
         v = _load(qkv, stride_n, key, counted, at_v, HEAD_DIM, BLOCK_D, stride_c)
-        logits = tl.dot(q, tl.trans(k), input_precision='ieee') * scale2
+        logits = _dot(q, tl.trans(k)) * scale2
         logits = tl.where(counted[None, :], logits, float('-inf'))
         new_peak = tl.maximum(peak, tl.max(logits, 1))  # finite from the first block on: it holds a key that exists
         p = tl.exp2(logits - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision='ieee')
+        acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v)
         peak = new_peak
     _store(out, channels, token, active, at_q, acc / total[:, None], HEAD_DIM, BLOCK_D, 1)
     tl.store(lse + token, (peak + tl.log2(total)) * LN_2, mask=active)
@@ -213,12 +225,12 @@ def _query_gradient_kernel(
         key, counted = _key_tokens(order, n, group, start, CATEGORY_SIZE, BLOCK_N)
         k = _load(qkv, stride_n, key, counted, at_k, HEAD_DIM, BLOCK_D, stride_c)
         v = _load(qkv, stride_n, key, counted, at_v, HEAD_DIM, BLOCK_D, stride_c)
-        product = tl.dot(q, tl.trans(k), input_precision='ieee')
+        product = _dot(q, tl.trans(k))
         p = tl.where(counted[None, :] & active[:, None], tl.exp2(product * (s * LOG2_E) - lse2[:, None]), 0.0)
-        dp = tl.dot(do, tl.trans(v), input_precision='ieee')
+        dp = _dot(do, tl.trans(v))
         ds = p * (dp - row_delta[:, None])  # gradient of the logits
         dscale += tl.sum(ds * product, 1)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision='ieee')
+        dq += _dot(ds.to(k.dtype), k)
     _store(grad_qkv, grad_stride_n, token, exists, at_q, dq * s, HEAD_DIM, BLOCK_D, grad_stride_c)
     tl.store(grad_scale, tl.sum(dscale))
 
@@ -301,21 +313,25 @@ def _key_gradient_kernel(
             do = _load(grad_out, channels, query, asked, at_q, HEAD_DIM, BLOCK_D, 1)
             lse2 = tl.load(lse + query, mask=asked, other=0.0) * LOG2_E
             row_delta = tl.load(delta + query, mask=asked, other=0.0)
-            logits = tl.dot(k, tl.trans(q), input_precision='ieee') * (s * LOG2_E)
+            logits = _dot(k, tl.trans(q)) * (s * LOG2_E)
             p = tl.where(counted[:, None] & asked[None, :], tl.exp2(logits - lse2[None, :]), 0.0)
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision='ieee')
-            dp = tl.dot(v, tl.trans(do), input_precision='ieee')
+            dv += _dot(p.to(do.dtype), do)
+            dp = _dot(v, tl.trans(do))
             ds = p * (dp - row_delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision='ieee')
+            dk += _dot(ds.to(q.dtype), q)
     _store(grad_qkv, grad_stride_n, token, active, at_k, dk * s, HEAD_DIM, BLOCK_D, grad_stride_c)
     _store(grad_qkv, grad_stride_n, token, active, at_v, dv, HEAD_DIM, BLOCK_D, grad_stride_c)
 
 
 def config(dtype: torch.dtype, head_dim: int, category_size: int) -> dict[str, int]:
-    """Block sizes and warps for a kernel: what is compiled for these arguments, and checked in tests to fit the GPU."""
+    """Block sizes and warps of the kernels, chosen so that a block's state stays in registers (not tuned on a GPU).
+
+    float32 has no tensor core at full precision: its products keep both operands in registers, which takes more warps.
+    """
     block_d = max(16, triton.next_power_of_2(head_dim))
-    block = max(16, min(64, triton.next_power_of_2(category_size)))
-    return {'BLOCK_M': block, 'BLOCK_N': block, 'BLOCK_D': block_d, 'num_warps': 4, 'num_stages': 1}
+    block = max(16, min(64 if block_d <= 32 else 32, triton.next_power_of_2(category_size)))
+    warps = block // 16 * (2 if dtype == torch.float32 else 1)
+    return {'BLOCK_M': block, 'BLOCK_N': block, 'BLOCK_D': block_d, 'num_warps': warps, 'num_stages': 1}
 
 
 def _grid(qkv: Tensor, num_heads: int, category_size: int, block: int) -> tuple[tuple[int, int], int]:
