@@ -1,5 +1,6 @@
 """Networks, registered in basicsr's ARCH_REGISTRY under their class names."""
 
 from ppsr.archs.atd_light_arch import ATDLight, PPATDLight
+from ppsr.archs.camixer_atd_light_arch import CAMixerATDLight
 
-__all__ = ['ATDLight', 'PPATDLight']
+__all__ = ['ATDLight', 'CAMixerATDLight', 'PPATDLight']

@@ -179,12 +179,14 @@ class ATDLayer(nn.Module):
 class ATDGroup(nn.Module):
     """The layers of one group around a dictionary of their own."""
 
+    layer_class = ATDLayer  # a relative of the network may bring its own, here and below
+
     def __init__(self, dim: int, depth: int, num_tokens: int, window_size: int, use_checkpoint: bool, **layer):
         super().__init__()
         self.use_checkpoint = use_checkpoint
         self.td = nn.Parameter(torch.rand(num_tokens, dim))
         self.layers = nn.ModuleList(
-            ATDLayer(
+            self.layer_class(
                 dim=dim,
                 num_tokens=num_tokens,
                 window_size=window_size,
@@ -197,7 +199,8 @@ class ATDGroup(nn.Module):
         trunc_normal_(self.td, std=0.02)
 
     def forward(self, x: Tensor, pure: Tensor | None) -> Tensor:
-        td = self.td.expand(x.shape[0], -1, -1)
+        # a copy per image and no view: under no_grad FlopCounterMode stumbles over views of parameters
+        td = self.td.repeat(x.shape[0], 1, 1)
         for layer in self.layers:
             if self.use_checkpoint and torch.is_grad_enabled():
                 x, td = checkpoint(layer, x, td, pure, use_reentrant=False)
@@ -209,9 +212,11 @@ class ATDGroup(nn.Module):
 class ResidualGroup(nn.Module):
     """A group, a 3×3 convolution, and the way around both."""
 
+    group_class = ATDGroup
+
     def __init__(self, dim: int, **group):
         super().__init__()
-        self.residual_group = ATDGroup(dim, **group)
+        self.residual_group = self.group_class(dim, **group)
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x: Tensor, pure: Tensor | None) -> Tensor:
@@ -274,6 +279,8 @@ class ATDLight(nn.Module):
         ValueError: a value that is not supported, named.
     """
 
+    group_class = ResidualGroup
+
     def __init__(
         self,
         upscale: int = 4,
@@ -319,7 +326,7 @@ class ATDLight(nn.Module):
         self.conv_first = nn.Conv2d(3, embed_dim, 3, padding=1)
         self.patch_embed = PatchEmbed(embed_dim)
         self.layers = nn.ModuleList(
-            ResidualGroup(
+            self.group_class(
                 embed_dim,
                 depth=depth,
                 num_heads=heads,
@@ -342,6 +349,12 @@ class ATDLight(nn.Module):
         """Mask of the pure pixels of padded images, or None where the network exempts none (this one)."""
         return None
 
+    def body(self, y: Tensor, pure: Tensor | None) -> Tensor:
+        """All groups: (B, H', W', C) shallow features, mask of the pure tokens (B, H'·W') or None -> (B, H', W', C)"""
+        for group in self.layers:
+            y = group(y, pure)
+        return y
+
     def forward(self, x: Tensor, return_mask: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
         """(B, 3, H, W) -> (B, 3, sH, sW); with `return_mask` also the mask used, (B, H', W') bool."""
         if x.dim() != 4 or x.shape[1] != 3 or 0 in x.shape:
@@ -353,9 +366,7 @@ class ATDLight(nn.Module):
         mean = self.mean.to(x.dtype)
 
         shallow = self.conv_first((x - mean).contiguous(memory_format=torch.channels_last))
-        y = self.patch_embed(shallow.permute(0, 2, 3, 1))
-        for group in self.layers:
-            y = group(y, pure)
+        y = self.body(self.patch_embed(shallow.permute(0, 2, 3, 1)), pure)
         y = self.norm(y).permute(0, 3, 1, 2)
         sr = self.upsample(shallow + self.conv_after_body(y)) + mean
         sr = sr[..., : h * self.upscale, : w * self.upscale]
