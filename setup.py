@@ -1,12 +1,59 @@
 """Build of ppsr: pure Python, plus one optional shared library with the CPU kernels (see ppsr/ops/native)."""
 
+import os
+import platform
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 here = Path(__file__).parent
 about = {}
 exec((here / 'ppsr' / 'version.py').read_text(), about)
+
+NATIVE = 'ppsr/ops/native'
+X86_64 = platform.machine().lower() in ('x86_64', 'amd64')
+# kernels.c is compiled once for each of these; the library takes the best one that the processor has
+TARGETS = {'baseline': []}
+if X86_64:
+    TARGETS |= {'avx2': ['-mavx2', '-mfma'], 'avx512': ['-mavx512f', '-mfma']}
+
+
+class BuildKernels(build_ext):
+    """Builds the CPU kernels, a plain C library: no headers of Python or torch, one file for every version of both."""
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split('.')) + '.so'
+
+    def build_extension(self, ext):
+        flags = ['-O3', '-g0', '-std=gnu11', '-fPIC', '-Wno-psabi']
+        objects = self.compiler.compile([f'{NATIVE}/attention.c'], self.build_temp, extra_postargs=flags)
+        for target, options in TARGETS.items():
+            objects += self.compiler.compile(
+                [f'{NATIVE}/kernels.c'],
+                os.path.join(self.build_temp, target),
+                macros=[('TARGET', target)],
+                extra_postargs=flags + options,
+            )
+        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), libraries=['m'])
+
+    def run(self):
+        super().run()
+        built = all(os.path.exists(path) for path in self.get_outputs())
+        self.warn(
+            'the CPU kernels are built: ppsr will run its "native" backend'
+            if built
+            else 'no working C compiler (gcc or clang), so the CPU kernels are left out: ppsr will run its "torch" backend'
+        )
+
+
+class Wheel(bdist_wheel):
+    """Tags the wheel for every Python 3 of its platform: the library does not depend on Python's version."""
+
+    def get_tag(self):
+        return 'py3', 'none', super().get_tag()[2]
+
 
 setup(
     name='ppsr',
@@ -16,6 +63,15 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['ppsr', 'ppsr.*']),
+    ext_modules=[
+        Extension(
+            'ppsr.ops.native.libppsr',
+            [f'{NATIVE}/attention.c', f'{NATIVE}/kernels.c'],
+            depends=[f'{NATIVE}/kernels.h', f'{NATIVE}/simd.h'],
+            optional=True,  # without a compiler the package still installs
+        )
+    ],
+    cmdclass={'build_ext': BuildKernels, 'bdist_wheel': Wheel},
     python_requires='>=3.10,<3.13',
     install_requires=[
         'torch>=2.4',

@@ -1,6 +1,107 @@
-"""Compiled CPU kernels of the attention operators."""
+"""Compiled CPU kernels of the attention operators (float32): the library that setup.py builds from the C files here.
+
+``attention.c`` holds the loops over windows and groups, ``kernels.c`` the attention of one head of one group, compiled
+once for each instruction set (the best one that the processor has is taken at load time), ``simd.h`` the vectors. It is
+plain C behind ctypes, without headers of torch or Python: one build serves every version of both, and calls release
+the GIL. Where there was no C compiler the library is missing, and the ``torch`` backend runs instead.
+"""
+
+import ctypes
+import functools
+import sys
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+__all__ = ['call', 'library', 'set_target', 'target', 'unavailable_reason']
+
+LIBRARY = Path(__file__).with_name('libppsr.so')
+
+_SIZES = 7 * [c_int64] + [c_int64]  # batch, ..., and the number of threads
+_SIGNATURES = {
+    'ppsr_window_forward': [*4 * [c_void_p], *_SIZES],
+    'ppsr_window_backward': [*7 * [c_void_p], *_SIZES],
+    'ppsr_category_forward': [*3 * [c_void_p], c_float, *4 * [c_void_p], *_SIZES[1:]],
+    'ppsr_category_backward': [*6 * [c_void_p], c_float, c_void_p, POINTER(c_double), *_SIZES[1:]],
+}
+
+
+def _openmp_entry() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded (GNU's, LLVM's and Intel's all have it).
+
+    A runtime of our own would make a second team of threads, and the two would spin against each other.
+    """
+    paths = {}
+    if sys.platform == 'linux':
+        with open('/proc/self/maps') as maps:
+            paths = {line.split(maxsplit=5)[-1].strip() for line in maps if 'omp' in line}
+        paths = {path for path in paths if Path(path).name.startswith(('libgomp', 'libomp', 'libiomp'))}
+    # torch's own first, should another package have loaded a second one
+    for path in sorted(paths, key=lambda path: ('torch' not in path, path)):
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none."""
+    if not LIBRARY.exists():
+        return None, 'the compiled kernels were not built (reinstall ppsr where a C compiler, gcc or clang, is found)'
+    try:
+        lib = ctypes.CDLL(str(LIBRARY))
+        for name, arguments in _SIGNATURES.items():
+            getattr(lib, name).argtypes = arguments
+            getattr(lib, name).restype = c_int
+    except (OSError, AttributeError) as error:
+        return None, f'the compiled kernels cannot be loaded ({error}); reinstall ppsr'
+    lib.ppsr_target.restype = c_char_p
+    lib.ppsr_set_target.argtypes = [c_char_p]
+    lib.ppsr_exp2.argtypes = [c_void_p, c_void_p, c_int64]
+    lib.ppsr_set_team.argtypes = [c_void_p]
+    lib.ppsr_set_target(None)
+    lib.ppsr_set_team(_openmp_entry())
+    return lib, None
 
 
 def unavailable_reason() -> str | None:
     """Why the compiled kernels cannot be used, or None if they can."""
-    return 'the compiled kernels were not built'
+    return _load()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        RuntimeError: there is none, and why.
+    """
+    lib, reason = _load()
+    if lib is None:
+        raise RuntimeError(reason)
+    return lib
+
+
+def target() -> str:
+    """Instruction set in use: 'avx512', 'avx2' or 'baseline' (SSE2 on x86-64, NEON on arm64)."""
+    return library().ppsr_target().decode()
+
+
+def set_target(name: str | None) -> bool:
+    """Use another instruction set, process-wide (None: the best one). False, and no change, if there is no such."""
+    return library().ppsr_set_target(name.encode() if name else None) == 0
+
+
+def call(name: str, *arguments) -> None:
+    """Call function `name` of the library with tensors (contiguous, on the CPU), numbers and None (a null pointer).
+
+    The number of threads is appended: that of torch.
+
+    Raises:
+        MemoryError: the scratch memory of the threads could not be had.
+    """
+    raw = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+    if getattr(library(), name)(*raw, torch.get_num_threads()):
+        raise MemoryError(f'{name}: not enough memory')

@@ -1,0 +1,199 @@
+/* Attention of one head among the tokens of one group, forward and backward, float32.
+ *
+ * Why it is built this way: head dims are small (12 in ATD-light), so a product that keeps a head in the lanes wastes
+ * them. Instead 16 queries sit in the lanes, keys and values are broadcast from memory, and every one of the seven
+ * products is the same loop, `product` below, with other strides: C(i) += sum_k A(k) * b(i, k), where A(k) and C(i) are
+ * rows of 16 floats and b(i, k) is a scalar. No matrix is ever transposed, and logits and probabilities (keys x 16) stay
+ * in the L1 cache.
+ *
+ * Logits are kept in units of log 2 (scale and bias arrive multiplied by log2 e), so that the exponential is exp2. */
+
+#include "kernels.h"
+
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "simd.h"
+
+#define LOG2_E 1.44269504088896341
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+
+/* C(i) = start(i) + sum_k A(k) * b(i, k) for `rows` <= BLOCK rows; start is NULL for zeros. */
+INLINE void product_block(int rows, int64_t depth, const float *a, const float *b, int64_t row_step, int64_t depth_step,
+                          const float *start, float *c) {
+    vf sum[BLOCK][NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; v++) sum[i][v] = start ? load(start + i * LANES + v * VL) : splat(0);
+    for (int64_t k = 0; k < depth; k++) {
+        vf x[NV];
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; v++) x[v] = load(a + k * LANES + v * VL);
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++) {
+            float y = b[i * row_step + k * depth_step];
+#pragma GCC unroll 16
+            for (int v = 0; v < NV; v++) sum[i][v] += x[v] * y;
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; v++) store(c + i * LANES + v * VL, sum[i][v]);
+}
+
+/* The same for any number of rows. */
+INLINE void product(int64_t rows, int64_t depth, const float *a, const float *b, int64_t row_step, int64_t depth_step,
+                    const float *start, float *c) {
+    int64_t i = 0;
+    for (; i + BLOCK <= rows; i += BLOCK)
+        product_block(BLOCK, depth, a, b + i * row_step, row_step, depth_step, start ? start + i * LANES : NULL,
+                      c + i * LANES);
+    for (; i < rows; i++)
+        product_block(1, depth, a, b + i * row_step, row_step, depth_step, start ? start + i * LANES : NULL,
+                      c + i * LANES);
+}
+
+/* Copies rows of a head side by side. */
+static void pack(int64_t n, int64_t dim, const float *x, int64_t stride, const int32_t *token, float *packed) {
+    for (int64_t j = 0; j < n; j++)
+        for (int64_t i = 0; i < dim; i++) packed[j * dim + i] = x[token[j] * stride + i];
+}
+
+/* Up to 16 rows of a head -> (dim, 16), times scale; lanes without a row hold zeros. */
+static void load_lanes(int64_t n, int64_t dim, const float *x, int64_t stride, const int32_t *token, float scale,
+                       float *lanes) {
+    if (n < LANES) memset(lanes, 0, dim * LANES * sizeof(float));
+    for (int64_t l = 0; l < n; l++)
+        for (int64_t i = 0; i < dim; i++) lanes[i * LANES + l] = x[token[l] * stride + i] * scale;
+}
+
+/* Up to 16 rows of a head -> (dim / 16, 16 rows, 16 channels), filled up with zeros. */
+static void load_rows(int64_t n, int64_t dim, const float *x, int64_t stride, const int32_t *token, float *rows) {
+    memset(rows, 0, padded(dim, LANES) * LANES * sizeof(float));
+    for (int64_t l = 0; l < n; l++)
+        for (int64_t i = 0; i < dim; i++)
+            rows[((i / LANES) * LANES + l) * LANES + i % LANES] = x[token[l] * stride + i];
+}
+
+static void forward(const struct attention *a) {
+    const int64_t dim = a->dim, keys = a->keys;
+    float *k = a->scratch, *v = k + padded(keys * dim, LANES), *logits = v + padded(keys * dim, LANES);
+    float *q = logits + keys * LANES, *out = q + dim * LANES;
+    pack(keys, dim, a->k, a->qkv_stride, a->token, k);
+    pack(keys, dim, a->v, a->qkv_stride, a->token, v);
+    for (int64_t first = 0; first < a->queries; first += LANES) {
+        const int64_t n = a->queries - first < LANES ? a->queries - first : LANES;
+        const int32_t *token = a->token + first;
+        load_lanes(n, dim, a->q, a->qkv_stride, token, a->scale * (float)LOG2_E, q);
+        if (a->bias)
+            product(keys, dim, q, k, dim, 1, a->bias + a->bias_start[first / LANES], logits);
+        else
+            product(keys, dim, q, k, dim, 1, NULL, logits);
+
+        vf peak[NV], sum[NV];
+        for (int i = 0; i < NV; i++) peak[i] = splat(-INFINITY), sum[i] = splat(0);
+        for (int64_t j = 0; j < keys; j++)
+            for (int i = 0; i < NV; i++) peak[i] = vmax(load(logits + j * LANES + i * VL), peak[i]);
+        for (int64_t j = 0; j < keys; j++)
+            for (int i = 0; i < NV; i++) {
+                vf p = exp2v(load(logits + j * LANES + i * VL) - peak[i]);
+                store(logits + j * LANES + i * VL, p);
+                sum[i] += p;
+            }
+        product(dim, keys, logits, v, 1, dim, NULL, out);
+
+        float peaks[LANES] __attribute__((aligned(64))), sums[LANES] __attribute__((aligned(64)));
+        for (int i = 0; i < NV; i++) store(peaks + i * VL, peak[i]), store(sums + i * VL, sum[i]);
+        for (int64_t l = 0; l < n; l++) {
+            const float share = 1.0f / sums[l];
+            float *row = a->out + token[l] * a->out_stride;
+            for (int64_t i = 0; i < dim; i++) row[i] = out[i * LANES + l] * share;
+            a->lse[token[l]] = peaks[l] * (float)(1 / LOG2_E) + logf(sums[l]);
+        }
+    }
+}
+
+static void backward(const struct attention *a) {
+    const int64_t dim = a->dim, keys = a->keys, panels = padded(dim, LANES) / LANES, panel = keys * LANES;
+    const int64_t rows = panels * LANES * LANES;
+    float *k = a->scratch, *v = k + padded(keys * dim, LANES), *p = v + padded(keys * dim, LANES);
+    float *ds = p + TILE * LANES; /* gradient of the logits */
+    float *q = ds + TILE * LANES, *dout = q + dim * LANES, *dq = dout + dim * LANES; /* (dim, 16 queries) */
+    float *q_rows = dq + dim * LANES, *dout_rows = q_rows + rows;                    /* (panels, 16 queries, 16) */
+    float *dk = dout_rows + rows, *dv = dk + panels * panel;                         /* (panels, keys, 16) */
+    double grad_scale = 0;
+    pack(keys, dim, a->k, a->qkv_stride, a->token, k);
+    pack(keys, dim, a->v, a->qkv_stride, a->token, v);
+    memset(dk, 0, 2 * panels * panel * sizeof(float));
+    for (int64_t first = 0; first < a->queries; first += LANES) {
+        const int64_t n = a->queries - first < LANES ? a->queries - first : LANES;
+        const int32_t *token = a->token + first;
+        load_lanes(n, dim, a->q, a->qkv_stride, token, a->scale * (float)LOG2_E, q);
+        load_lanes(n, dim, a->grad_out, a->out_stride, token, 1, dout);
+        load_rows(n, dim, a->q, a->qkv_stride, token, q_rows);
+        load_rows(n, dim, a->grad_out, a->out_stride, token, dout_rows);
+        memset(dq, 0, dim * LANES * sizeof(float));
+        float lse[LANES] __attribute__((aligned(64))), delta[LANES] __attribute__((aligned(64)));
+        for (int l = 0; l < LANES; l++) {
+            lse[l] = l < n ? a->lse[token[l]] * (float)LOG2_E : 1e30f; /* probability 0 where there is no query */
+            delta[l] = 0;
+        }
+        for (int64_t l = 0; l < n; l++)
+            for (int64_t i = 0; i < dim; i++)
+                delta[l] += a->grad_out[token[l] * a->out_stride + i] * a->out[token[l] * a->out_stride + i];
+
+        const float *bias = a->bias ? a->bias + a->bias_start[first / LANES] : NULL;
+        float *grad_bias = a->grad_bias ? a->grad_bias + a->bias_start[first / LANES] : NULL;
+        for (int64_t j = 0; j < keys; j += TILE) {
+            const int64_t m = keys - j < TILE ? keys - j : TILE;
+            if (bias)
+                product(m, dim, q, k + j * dim, dim, 1, bias + j * LANES, p);
+            else
+                product(m, dim, q, k + j * dim, dim, 1, NULL, p);
+            product(m, dim, dout, v + j * dim, dim, 1, NULL, ds);
+            for (int64_t i = 0; i < m * LANES; i += LANES)
+                for (int x = 0; x < LANES; x += VL) {
+                    vf share = exp2v(load(p + i + x) - load(lse + x));
+                    vf slope = share * (load(ds + i + x) - load(delta + x));
+                    store(p + i + x, share);
+                    store(ds + i + x, slope);
+                    if (grad_bias) store(grad_bias + j * LANES + i + x, load(grad_bias + j * LANES + i + x) + slope);
+                }
+            product(dim, m, ds, k + j * dim, 1, dim, dq, dq);
+            for (int64_t c = 0; c < panels; c++) {
+                float *dk_tile = dk + c * panel + j * LANES, *dv_tile = dv + c * panel + j * LANES;
+                product(m, LANES, q_rows + c * LANES * LANES, ds, LANES, 1, dk_tile, dk_tile);
+                product(m, LANES, dout_rows + c * LANES * LANES, p, LANES, 1, dv_tile, dv_tile);
+            }
+        }
+        for (int64_t l = 0; l < n; l++) {
+            float *row = a->grad_q + token[l] * a->qkv_stride, dot = 0;
+            for (int64_t i = 0; i < dim; i++) {
+                dot += dq[i * LANES + l] * a->q[token[l] * a->qkv_stride + i];
+                row[i] = dq[i * LANES + l] * a->scale;
+            }
+            grad_scale += dot;
+        }
+    }
+    for (int64_t j = 0; j < keys; j++) {
+        const int own = j < a->queries;
+        float *to_k = own ? a->grad_k + a->token[j] * a->qkv_stride : a->grad_fill + (j - a->queries) * 2 * dim;
+        float *to_v = own ? a->grad_v + a->token[j] * a->qkv_stride : to_k + dim;
+        for (int64_t i = 0; i < dim; i++) {
+            const int64_t at = (i / LANES) * panel + j * LANES + i % LANES;
+            to_k[i] = dk[at] * a->scale;
+            to_v[i] = dv[at];
+        }
+    }
+    if (a->grad_scale) *a->grad_scale = grad_scale;
+}
+
+static void exp2_array(const float *x, float *y, int64_t n) {
+    for (int64_t i = 0; i < n; i += VL) store(y + i, exp2v(load(x + i)));
+}
+
+const struct kernels JOIN(ppsr_kernels_, TARGET) = {forward, backward, exp2_array};
