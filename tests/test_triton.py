@@ -1,0 +1,298 @@
+"""The Triton kernels without a GPU: run by Triton's interpreter against the float64 reference, compiled for two GPUs.
+
+Triton decides on import whether its kernels are interpreted, so both happen in worker processes with an environment of
+their own; this process never imports the kernels. The tests at the end need a GPU.
+"""
+
+import concurrent.futures
+import multiprocessing
+import os
+import pathlib
+import subprocess
+
+import pytest
+import torch
+
+import ppsr.ops
+from ppsr.ops.category_attention import category_attention, reference
+
+pytest.importorskip('triton', reason='triton is not installed')
+
+DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
+
+
+@pytest.fixture(scope='module')
+def worker():
+    """worker(interpreted, function, *args): the result of a function of this file, called in a fresh process."""
+    pools = {}
+
+    def call(interpreted, function, *args):
+        if interpreted not in pools:
+            with pytest.MonkeyPatch.context() as patch:
+                if interpreted:
+                    patch.setenv('TRITON_INTERPRET', '1')
+                else:
+                    patch.delenv('TRITON_INTERPRET', raising=False)
+                pools[interpreted] = concurrent.futures.ProcessPoolExecutor(
+                    1, multiprocessing.get_context('spawn'), initializer=torch.set_num_threads, initargs=(1,)
+                )
+                pools[interpreted].submit(int).result()  # starts the process, while the environment is set
+        return pools[interpreted].submit(function, *args).result()
+
+    yield call
+    for pool in pools.values():
+        pool.shutdown()
+
+
+# --- In the interpreter ----------------------------------------------------------------------------------------------
+
+# name: (images, tokens, heads, head dim, group, categories, pure)
+CASES = {
+    'published sizes': (1, 150, 2, 12, 128, 64, 0.0),
+    'group larger than a block, no power of two': (1, 210, 1, 12, 100, 7, 0.0),
+    'fill reaches into the group before': (1, 33, 2, 12, 16, 3, 0.0),
+    'one place to fill': (1, 31, 1, 16, 16, 3, 0.0),
+    'groups without a rest': (1, 48, 1, 5, 16, 4, 0.0),
+    'fewer tokens than a group': (1, 21, 2, 5, 128, 4, 0.3),
+    'images differ in their pure share': (4, 41, 1, 12, 16, 5, (0.0, 0.3, 0.9, 1.0)),
+    'everything pure': (1, 20, 2, 12, 16, 4, 1.0),
+    'one token': (1, 1, 2, 12, 128, 4, 0.0),
+    'one token of two images, one pure': (2, 1, 1, 5, 16, 4, (0.0, 1.0)),
+    'one category': (2, 37, 1, 16, 16, 1, 0.4),
+    'group of one': (1, 5, 1, 12, 1, 2, 0.2),
+    'group of three': (1, 10, 1, 12, 3, 2, 0.2),
+}
+
+
+def _inputs(case, dtype, device='cpu'):
+    images, n, heads, head_dim, size, categories, share = CASES[case]
+    random = torch.Generator().manual_seed(n * size)
+    qkv = torch.randn(images, n, 3 * heads * head_dim, generator=random).to(dtype)
+    category = torch.randint(categories, (images, n), generator=random)
+    share = torch.tensor(share).expand(images)[:, None]
+    pure = torch.rand(images, n, generator=random) < share
+    grad_out = torch.randn(images, n, heads * head_dim, generator=random).to(dtype)
+    scale = torch.tensor([0.7])
+    return *(x.to(device) for x in (qkv, category, pure, scale, grad_out)), heads, size
+
+
+def _all_errors(case, dtype, keep, backend, device='cpu'):
+    """Largest error of every result of a backend against the float64 reference, forward and backward."""
+    qkv, category, pure, scale, grad_out, heads, size = _inputs(case, dtype, device)
+    got = backend.forward(qkv, category, pure, scale, heads, size, keep)
+    got += backend.backward(grad_out, qkv, *got, scale, heads, size, keep)
+    want = reference.forward(qkv.double(), category, pure, scale.double(), heads, size, keep)
+    want += reference.backward(grad_out.double(), qkv.double(), *want, scale.double(), heads, size, keep)
+    names = ('out', 'lse', 'order', 'counts', 'grad_qkv', 'grad_scale')
+    return {name: (g.double() - w).abs().max().item() for name, g, w in zip(names, got, want)}
+
+
+def _interpret(case, dtype, keep):
+    from ppsr.ops.category_attention import triton as backend
+
+    return _all_errors(case, dtype, keep, backend)
+
+
+@pytest.mark.parametrize(
+    'case, keep', [(case, True) for case in CASES] + [('fewer tokens than a group', False), ('everything pure', False)]
+)
+def test_float32_agrees_with_the_definition(worker, case, keep):
+    errors = worker(True, _interpret, case, torch.float32, keep)
+    assert errors.pop('order') == errors.pop('counts') == 0
+    assert errors.pop('grad_scale') < 5e-4  # a sum over all logits
+    assert all(error < 5e-5 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+@pytest.mark.parametrize('case', ['published sizes', 'one category', 'fewer tokens than a group'])
+def test_half_precision_errs_no_more_than_twice_as_much_as_plain_pytorch(worker, case, dtype):
+    dtype = DTYPES[dtype]
+    errors = worker(True, _interpret, case, dtype, True)
+    plain = _all_errors(case, dtype, True, reference)
+    assert errors['order'] == errors['counts'] == 0
+    for name in ('out', 'lse', 'grad_qkv', 'grad_scale'):
+        assert errors[name] <= 2 * plain[name], (name, errors, plain)
+
+
+def _operator(case, strided):
+    """Results and gradients of the public function, by the Triton backend and in float64."""
+    qkv, category, pure, scale, grad_out, heads, size = _inputs(case, torch.float32)
+    if strided:  # channels first in memory, as a convolution without channels_last leaves them
+        qkv = qkv.transpose(1, 2).contiguous().transpose(1, 2)
+        grad_out = grad_out[..., :1].expand_as(grad_out)
+    results = []
+    for backend, dtype in (('triton', torch.float32), ('reference', torch.float64)):
+        x, s = qkv.to(dtype).requires_grad_(), scale.to(dtype).requires_grad_()
+        with ppsr.ops.use_backend(backend):
+            out = category_attention(x, category, s, num_heads=heads, category_size=size, pure=pure)
+            results.append((out, *torch.autograd.grad(out, (x, s), grad_out.to(dtype))))
+    return [tuple(x.detach().double() for x in result) for result in results]
+
+
+@pytest.mark.parametrize('strided', [False, True], ids=['contiguous', 'channels first'])
+def test_operator_with_autograd(worker, strided):
+    got, want = worker(True, _operator, 'images differ in their pure share', strided)
+    for name, g, w in zip(('out', 'grad_qkv', 'grad_scale'), got, want):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f'{name}: {text}')
+
+
+def _opcheck():
+    qkv, category, pure, scale, _, heads, size = _inputs('fewer tokens than a group', torch.float32)
+    args = (qkv.requires_grad_(), category, pure, scale.requires_grad_(), heads, size, True)
+    with ppsr.ops.use_backend('triton'):
+        return torch.library.opcheck(torch.ops.ppsr.category_attention.default, args)
+
+
+def test_opcheck(worker):
+    checks = worker(True, _opcheck)
+    assert checks and set(checks.values()) == {'SUCCESS'}
+
+
+def _no_token():
+    from ppsr.ops.category_attention import triton as backend
+
+    qkv, category, scale = torch.zeros(2, 0, 36), torch.zeros(2, 0, dtype=torch.long), torch.ones(())
+    out, lse, order, counts = backend.forward(qkv, category, None, scale, 1, 16, True)
+    grads = backend.backward(out, qkv, out, lse, order, counts, scale, 1, 16, True)
+    return out.shape, counts.tolist(), grads[0].shape, grads[1].item()
+
+
+def test_no_token(worker):
+    assert worker(True, _no_token) == ((2, 0, 12), [0, 0], (2, 0, 36), 0.0)
+
+
+def _host_operators():
+    """Names of the PyTorch operators that the host calls in a forward and a backward, kernels left out."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from ppsr.ops.category_attention import triton as backend
+
+    class Record(TorchDispatchMode):
+        names = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    class NoKernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None
+
+    for name in ('_forward_kernel', '_query_gradient_kernel', '_key_gradient_kernel'):
+        setattr(backend, name, NoKernel())
+    qkv, category, pure, scale, grad_out, heads, size = _inputs('images differ in their pure share', torch.float32)
+    with Record():
+        got = backend.forward(qkv, category, pure, scale, heads, size, True)
+        backend.backward(grad_out, qkv, *got, scale, heads, size, True)
+    return Record.names
+
+
+def test_host_reads_nothing_back_and_sorts_once(worker):
+    names = worker(True, _host_operators)
+    assert sum('sort' in name for name in names) == 1
+    waiting = ('_local_scalar_dense', 'item', 'nonzero', 'equal.default', 'index', 'masked_select', 'repeat_interleave')
+    assert not [name for name in names if any(word in name for word in waiting)]
+
+
+# --- Compiled for a GPU that is not here -----------------------------------------------------------------------------
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block may use (CUDA C++ Programming Guide, ch. 20)
+KERNELS = ('_forward_kernel', '_query_gradient_kernel', '_key_gradient_kernel')
+POINTERS = {'order': '*i32', 'counts': '*i32'} | dict.fromkeys(('scale', 'lse', 'delta', 'grad_scale'), '*fp32')
+
+
+def _compile(name, dtype, head_dim, category_size, capability, cache):
+    """Shared memory, registers a thread, bytes spilled and warps of a kernel as the launcher would compile it."""
+    os.environ['TRITON_CACHE_DIR'] = cache  # nothing left over from another version
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ppsr.ops.category_attention import triton as backend
+
+    kernel = getattr(backend, name)
+    constants = backend.config(dtype, head_dim, category_size)
+    options = {key: constants.pop(key) for key in ('num_warps', 'num_stages')}
+    constants |= {'NUM_HEADS': 4, 'HEAD_DIM': head_dim, 'CATEGORY_SIZE': category_size, 'KEEP': True}
+    constants |= {'stride_c': 1, 'grad_stride_c': 1}
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    element = {torch.float32: '*fp32', torch.float16: '*fp16', torch.bfloat16: '*bf16'}[dtype]
+    signature, attributes = {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        number = argument.startswith(('num_', 'stride', 'grad_stride'))
+        signature[argument] = 'i32' if number else POINTERS.get(argument, element)
+        if argument in constants:
+            signature[argument] = 'constexpr'
+        elif not argument.startswith('num_'):  # strides and addresses are multiples of 16 in a network
+            attributes[(i,)] = [['tt.divisibility', 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
+
+    cubin = pathlib.Path(cache) / f'{name}.cubin'
+    cubin.write_bytes(compiled.asm['cubin'])
+    tool = pathlib.Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
+    usage = subprocess.run([tool, '--dump-resource-usage', cubin], capture_output=True, text=True, check=True).stdout
+    usage = dict(field.split(':') for line in usage.splitlines() if 'REG:' in line for field in line.split())
+    return compiled.metadata.shared, int(usage['REG']), int(usage['STACK']) + int(usage['LOCAL']), options['num_warps']
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('capability', SHARED_MEMORY)
+@pytest.mark.parametrize('name', KERNELS)
+def test_compiled_kernel_fits(worker, tmp_path, name, capability, dtype):
+    shared, registers, spilled, warps = worker(False, _compile, name, DTYPES[dtype], 12, 128, capability, str(tmp_path))
+    assert 0 < registers <= 255
+    assert spilled == 0
+    # a multiprocessor has 65,536 registers: at least eight warps run at a time, whatever else limits them
+    blocks = min(SHARED_MEMORY[capability] // shared, 65536 // (registers * 32 * warps))
+    assert blocks * warps >= 8, (shared, registers, warps)
+
+
+@pytest.mark.parametrize('head_dim, category_size', [(12, 16), (64, 128)])
+def test_other_sizes_fit_too(worker, tmp_path, head_dim, category_size):
+    shared, registers, spilled, _ = worker(
+        False, _compile, '_key_gradient_kernel', torch.float16, head_dim, category_size, 80, str(tmp_path)
+    )
+    assert shared <= 48 * 1024 and registers <= 255 and spilled <= 256
+
+
+# --- On a GPU --------------------------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+
+
+@needs_gpu
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('case', CASES)
+def test_on_a_gpu(case, dtype):
+    from ppsr.ops.category_attention import triton as backend
+
+    errors = _all_errors(case, DTYPES[dtype], True, backend, 'cuda')
+    plain = _all_errors(case, DTYPES[dtype], True, reference, 'cuda')
+    assert errors['order'] == errors['counts'] == 0
+    for name in ('out', 'lse', 'grad_qkv', 'grad_scale'):
+        assert errors[name] <= 2 * plain[name] + 1e-4, (name, errors, plain)
+
+
+@needs_gpu
+def test_cuda_graph_follows_new_masks_and_a_new_scale():
+    from ppsr.ops.category_attention import triton as backend
+
+    qkv, category, pure, scale, grad_out, heads, size = _inputs(
+        'images differ in their pure share', torch.float32, 'cuda'
+    )
+
+    def both():
+        got = backend.forward(qkv, category, pure, scale, heads, size, True)
+        return *got, *backend.backward(grad_out, qkv, *got, scale, heads, size, True)
+
+    both()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # any wait for the device would end the capture with an error
+        captured = both()
+    pure.copy_(pure.roll(1, 0))
+    qkv.copy_(qkv.flip(1))
+    scale.fill_(1.3)
+    graph.replay()
+    for got, want in zip(captured, both()):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
