@@ -1,7 +1,7 @@
 """MATLAB's ``imresize(img, factor, 'bicubic')`` on uint8 images, bit for bit: the field's degradation.
 
-The published low-resolution images of Set5, Set14, DIV2K and the others were made by that MATLAB function. What basicsr
-has under the name ``imresize`` computes in float and rounds once at the end: 10-15 % of its samples are off, by up to 2.
+The published low-resolution images of Set5, Set14, DIV2K and the others were made by that MATLAB function. basicsr's
+own ``imresize`` computes in float and rounds once at the end, so that 10-15 % of its samples are off, by up to 2.
 What MATLAB does with uint8 images, checked against published LR images (tests/test_bicubic.py):
 
 - the first axis (rows) is resized, then the second one (columns);

@@ -37,7 +37,7 @@ def check_datasets(opt: Mapping) -> None:
 
 
 def _check_paired_image_dataset(dataset: Mapping) -> None:
-    """What basicsr's own class needs beyond ours: equal suffixes, exact sizes in training, and keys it does not guess."""
+    """What basicsr's own class needs beyond ours: equal suffixes, exact sizes in training, no default values."""
     for key in ('io_backend',) if dataset['phase'] != 'train' else ('io_backend', 'gt_size', 'use_hflip', 'use_rot'):
         if dataset.get(key) is None:
             raise DataError(f'The options of data set {dataset["name"]!r} lack the key {key!r}.')

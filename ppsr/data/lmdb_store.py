@@ -1,7 +1,7 @@
 """LMDBs of images, written with basicsr's tools and read safely.
 
-The format is basicsr's: a folder ``*.lmdb`` with the LMDB itself and ``meta_info.txt``, one line ``key.png (h,w,c) level``
-for each image; the key is the file name without its suffix, and may contain dots here.
+The format is basicsr's: a folder ``*.lmdb`` with the LMDB itself and ``meta_info.txt``, one line
+``key.png (h,w,c) level`` for each image; the key is the file name without its suffix, and may contain dots here.
 """
 
 import os

@@ -3,8 +3,8 @@
 Same options and same samples for the same random state. What is different:
 
 - pairs are found by name in linear time, sorted, and checked at the start; what is wrong is said in one sentence;
-- GT that was not cropped to a multiple of the scale is cropped on reading, in training too, so that one HR folder serves
-  all scales;
+- GT that was not cropped to a multiple of the scale is cropped on reading, in training too: one HR folder serves all
+  scales;
 - a broken image is named, instead of an AttributeError about None;
 - several data sets may read one LMDB, spawn workers may read it, and keys may contain dots.
 """

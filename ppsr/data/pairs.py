@@ -35,7 +35,8 @@ class FolderPairs:
         if without:
             raise DataError(
                 f'{len(without)} of {len(partners)} images in {gt_folder} have no partner in {lq_folder}, '
-                f'for example {without[0]!r} (filename_tmpl is {filename_tmpl!r}{_template_hint(without[0], lq_names)}).'
+                f'for example {without[0]!r} (filename_tmpl is {filename_tmpl!r}'
+                f'{_template_hint(without[0], lq_names)}).'
             )
         extra = [] if meta_info_file is not None else sorted(set(lq_names) - set(partners.values()))
         if extra:
