@@ -44,7 +44,7 @@ class BuildKernels(build_ext):
         self.warn(
             'the CPU kernels are built: ppsr will run its "native" backend'
             if built
-            else 'no working C compiler (gcc or clang), so the CPU kernels are left out: ppsr will run its "torch" backend'
+            else 'no working C compiler (gcc or clang), so there are no CPU kernels: ppsr will run its "torch" backend'
         )
 
 
