@@ -1,0 +1,121 @@
+"""How much memory there is, and how much a network takes: measured, not guessed."""
+
+import contextlib
+import ctypes
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+from ppsr.errors import UserError
+
+__all__ = ['free_memory', 'is_out_of_memory', 'measure_bytes_per_pixel', 'parse_size', 'used_memory']
+
+PROBE = 128  # side of the noise image that a network is measured with
+SAMPLE_SECONDS = 0.002
+
+
+def parse_size(text: str) -> int:
+    """'800M', '4G', '1.5GiB', '2000000' -> bytes (K, M, G are powers of 1024).
+
+    >>> parse_size('1.5G') // 2**20
+    1536
+    """
+    match = re.fullmatch(r'\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*', text, re.IGNORECASE)
+    if not match or not (size := int(float(match[1]) * 1024 ** ' kmgt'.index(match[2].lower() or ' '))):
+        raise UserError(f'{text!r} is not an amount of memory; write it like 800M or 4G.')
+    return size
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had: on a GPU, or of RAM (within the control group's limit, if there is one)."""
+    if device.type == 'cuda':
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    release_heap()
+    return min(psutil.virtual_memory().available, _cgroup_room())
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes that this process holds now: on the GPU, or of RAM."""
+    if device.type == 'cuda':
+        return torch.cuda.memory_allocated(device)
+    release_heap()
+    return psutil.Process().memory_info().rss
+
+
+def _cgroup_room() -> float:
+    """Bytes that a container's limit (control groups, version 2) still leaves; infinite without one."""
+    group = Path('/sys/fs/cgroup')
+    try:
+        limit = int((group / 'memory.max').read_text())
+        used = int((group / 'memory.current').read_text())
+        statistics = dict(line.split() for line in (group / 'memory.stat').read_text().splitlines())
+    except (OSError, ValueError):  # no such file, or 'max'
+        return float('inf')
+    return limit - used + int(statistics.get('inactive_file', 0))  # cached files give way
+
+
+def release_heap() -> None:
+    """Hand freed memory back to the system, where the C library would keep it (glibc)."""
+    if sys.platform == 'linux':
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL('libc.so.6').malloc_trim(0)
+
+
+@contextlib.contextmanager
+def _peak_rss() -> Iterator[Callable[[], int]]:
+    """Samples the resident memory of the process while the block runs; the highest value comes from the callable."""
+    process, stop = psutil.Process(), threading.Event()
+    peak = process.memory_info().rss
+
+    def sample() -> None:
+        nonlocal peak
+        while not stop.wait(SAMPLE_SECONDS):
+            peak = max(peak, process.memory_info().rss)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield lambda: peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def measure_bytes_per_pixel(run: Callable[[torch.Tensor], object], device: torch.device) -> float:
+    """Memory that one more input pixel costs while the network runs, in bytes.
+
+    Args:
+        run: calls the network on a (1, 3, h, w) float32 tensor in [0, 1].
+        device: of the network.
+
+    The probe is noise: in noise nothing is pure, so nothing can need more.
+    """
+    noise = torch.rand(1, 3, PROBE, PROBE, generator=torch.Generator().manual_seed(0)).to(device)
+    run(noise[..., :32, :32])  # what is set up once must not be counted
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run(noise)
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        release_heap()
+        before = psutil.Process().memory_info().rss
+        with _peak_rss() as highest:
+            run(noise)
+        peak = highest() - before
+    return max(peak, noise.nbytes) / PROBE**2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Is this what PyTorch, numpy or Python raise when memory cannot be had, on any device?"""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(
+        re.search(r"can't allocate memory|not enough memory|out of memory", str(error), re.IGNORECASE)
+    )

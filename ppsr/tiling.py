@@ -1,0 +1,267 @@
+"""Large images in tiles: overlapping, blended, and handed on in bands of rows, so that no large buffer is ever needed.
+
+One way for all who tile: :func:`tiled_bands` is the generator behind ``ppsr upscale``; :func:`tiled_forward` collects
+it into one tensor for ``val.tile`` of the BasicSR model.
+
+A network with a mask is run tile by tile with the mask of the tile, and :class:`Totals` adds up what was really used.
+ATD's categories span everything that the network sees at once, so tiles change its result a little (docs/upscale.md
+has the measured difference); a network that only looks `r` pixels around is reproduced exactly when
+``overlap // 4 >= r``.
+
+How two neighbours share their `overlap`: a quarter on either side is thrown away, because there a tile has seen an edge
+that the image does not have; the half in the middle is faded over with weights that are strictly positive.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ppsr.errors import UserError
+
+__all__ = ['DEFAULT_OVERLAP', 'Totals', 'count_tiles', 'run_network', 'tile_starts', 'tiled_bands', 'tiled_forward']
+
+DEFAULT_OVERLAP = 32
+
+
+@dataclass
+class Totals:
+    """What the network did for one batch of images, added up over the tiles.
+
+    Attributes:
+        mask: (B, H, W) bool on the CPU, True = pure, put together from the masks that the tiles really used; None for
+            a network that exempts nothing.
+        macs: multiply-adds that were done (tiles overlap, so a tiled run does more than a whole one).
+        dense_macs: multiply-adds of the same tiles with nothing exempted.
+        tiles: network calls.
+    """
+
+    mask: Tensor | None = None
+    macs: int = 0
+    dense_macs: int = 0
+    tiles: int = field(default=0)
+
+    @property
+    def pure_share(self) -> float:
+        """Share of pure pixels, 0 to 1; 0 for a network without a mask."""
+        return 0.0 if self.mask is None else self.mask.count_nonzero().item() / self.mask.numel()
+
+    @property
+    def saved_share(self) -> float:
+        """Share of the dense multiply-adds that were saved, 0 to 1."""
+        return 1 - self.macs / self.dense_macs if self.dense_macs else 0.0
+
+
+def check_tiles(tile: int, overlap: int) -> None:
+    """Refuse a tile size and an overlap that do not go together (UserError)."""
+    if tile < 0:
+        raise UserError(f'tile={tile} is not a tile size; give pixels of the input, or 0 for no tiles.')
+    if overlap < 0:
+        raise UserError(f'The tile overlap must be 0 or more, got {overlap}.')
+    if tile and overlap >= tile:
+        raise UserError(f'The tile overlap ({overlap}) must be smaller than the tile ({tile}).')
+
+
+def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
+    """First pixels of the tiles along one side; every tile has min(tile, size) pixels, the last ends with the image.
+
+    >>> tile_starts(100, 40, 8)
+    [0, 32, 60]
+    >>> tile_starts(30, 40, 8)
+    [0]
+    """
+    if size <= tile:
+        return [0]
+    return [*range(0, size - tile, tile - overlap), size - tile]
+
+
+def count_tiles(height: int, width: int, tile: int, overlap: int) -> int:
+    """Tiles of an image; tile 0 = one."""
+    return 1 if tile == 0 else len(tile_starts(height, tile, overlap)) * len(tile_starts(width, tile, overlap))
+
+
+def blend_weights(size: int, tile: int, overlap: int, scale: int) -> list[Tensor]:
+    """Weights of the tiles along one side, in pixels of the output.
+
+    Returns:
+        For each tile of :func:`tile_starts` a (min(tile, size)·scale,) float32: 0 in the margin that is thrown away,
+        strictly positive elsewhere; at every pixel of the image the weights of all tiles add up to 1.
+    """
+    starts, length = tile_starts(size, tile, overlap), min(tile, size) * scale
+    margin = overlap // 4 * scale
+    fade = overlap * scale - 2 * margin
+    ramp = (torch.arange(length, dtype=torch.float64) - margin + 1).clamp(0, fade + 1) / (fade + 1)
+    weights = []
+    for start in starts:
+        weight = torch.ones(length, dtype=torch.float64)
+        if start > 0:
+            weight = weight * ramp
+        if start < starts[-1]:
+            weight = weight * ramp.flip(0)
+        weights.append(weight)
+    total = torch.zeros(size * scale, dtype=torch.float64)
+    for start, weight in zip(starts, weights):
+        total[start * scale :][:length] += weight
+    return [(w / total[start * scale :][:length]).float() for start, w in zip(starts, weights)]
+
+
+def run_network(net, lq: Tensor, totals: Totals) -> tuple[Tensor, Tensor | None]:
+    """One call of the network, counted in `totals`.
+
+    `net` is an :class:`~ppsr.archs.ATDLight` or a :class:`~ppsr.archs.PPATDLight`; any other module that maps
+    (B, 3, h, w) to (B, 3, s·h, s·w) works too and counts no multiply-adds.
+
+    Returns:
+        sr (B, 3, s·h, s·w), and the mask (B, h, w) or None.
+    """
+    totals.tiles += 1
+    if not hasattr(net, 'macs'):
+        return net(lq), None
+    sr, mask = net(lq, return_mask=True)
+    batch, (height, width) = lq.shape[0], lq.shape[-2:]
+    dense = batch * sum(net.macs(height, width).values())
+    totals.dense_macs += dense
+    totals.macs += dense if mask is None else sum(net.macs(height, width, mask).values())
+    return sr, None if mask is None else mask[:, :height, :width]
+
+
+def tiled_bands(
+    net,
+    read: Callable[[slice, slice], Tensor],
+    size: tuple[int, int],
+    scale: int,
+    tile: int = 0,
+    overlap: int = DEFAULT_OVERLAP,
+    totals: Totals | None = None,
+    on_tile: Callable[[], None] | None = None,
+    run: Callable[..., tuple[Tensor, Tensor | None]] = run_network,
+) -> Iterator[Tensor]:
+    """Run the network on an image tile by tile; the finished rows come in bands from the top down.
+
+    Args:
+        net: see :func:`run_network`.
+        read: read(rows, columns) -> (B, 3, h, w) on the network's device: the image may lie anywhere.
+        size: (H, W) of the image, in pixels.
+        scale: of the network.
+        tile: side of a tile in input pixels; 0 = the whole image at once.
+        overlap: input pixels that neighbours share.
+        totals: counts what was done.
+        on_tile: called after each tile.
+        run: runs the network on one tile; a wrapper of :func:`run_network`.
+
+    Yields:
+        (B, 3, rows, scale·W) float32 on the CPU (one tile: as the network gave it, on its device); valid until the
+        next is asked for. The rows of all bands together are scale·H.
+
+    Raises:
+        UserError: tile and overlap do not go together.
+    """
+    check_tiles(tile, overlap)
+    totals = Totals() if totals is None else totals
+    on_tile = on_tile or (lambda: None)
+    height, width = size
+    tile = tile or max(size)
+    if height <= tile and width <= tile:
+        sr, totals.mask = run(net, read(slice(0, height), slice(0, width)), totals)
+        totals.mask = None if totals.mask is None else totals.mask.cpu()
+        on_tile()
+        yield sr
+        return
+
+    tile_h, tile_w = min(tile, height), min(tile, width)
+    tops, lefts = tile_starts(height, tile, overlap), tile_starts(width, tile, overlap)
+    weights_y = blend_weights(height, tile, overlap, scale)
+    weights_x = blend_weights(width, tile, overlap, scale)
+    window: Tensor | None = None  # accumulates the output rows of the current row of tiles
+    for top, weight_y, next_top in zip(tops, weights_y, [*tops[1:], height]):
+        for left, weight_x in zip(lefts, weights_x):
+            rows, columns = slice(top, top + tile_h), slice(left, left + tile_w)
+            sr, mask = run(net, read(rows, columns), totals)
+            if window is None:
+                window = torch.zeros(*sr.shape[:2], tile_h * scale, width * scale)
+            sr = sr.detach().to('cpu', torch.float32)
+            # in the margin the weight is 0 and the tile is not looked at: 0·NaN would be NaN
+            keep_y, keep_x = _support(weight_y), _support(weight_x)
+            part = sr[..., keep_y, keep_x] * weight_y[keep_y, None] * weight_x[keep_x]
+            target = window[..., left * scale : (left + tile_w) * scale]
+            target[..., keep_y, keep_x] += part
+            if mask is not None:
+                if totals.mask is None:
+                    totals.mask = torch.zeros(mask.shape[0], height, width, dtype=torch.bool)
+                inner_y, inner_x = _inner(top, tile_h, overlap), _inner(left, tile_w, overlap)
+                totals.mask[:, rows, columns][:, inner_y, inner_x] = mask.cpu()[:, inner_y, inner_x]
+            on_tile()
+        finished = (next_top - top) * scale
+        yield window[..., :finished, :]
+        if next_top < height:
+            remaining = window.shape[-2] - finished
+            for row in range(0, remaining, finished):  # in steps of the shift: source and target never overlap
+                stop = min(row + finished, remaining)
+                window[..., row:stop, :] = window[..., row + finished : stop + finished, :]
+            window[..., remaining:, :] = 0
+
+
+def _support(weight: Tensor) -> slice:
+    """The range where a weight is positive."""
+    positive = weight.nonzero()
+    return slice(int(positive[0]), int(positive[-1]) + 1)
+
+
+def _inner(start: int, length: int, overlap: int) -> slice:
+    """The part of a tile whose mask counts: up to the middle of the overlap (a later tile overwrites an earlier)."""
+    return slice(overlap // 2 if start else 0, length)
+
+
+def tiled_forward(
+    net, lq: Tensor, tile: int = 0, overlap: int = DEFAULT_OVERLAP, on_tile: Callable[[], None] | None = None
+) -> tuple[Tensor, Totals]:
+    """The network on a batch of images, in tiles; whole when tile is 0 or the images are no larger than a tile.
+
+    Args:
+        net: see :func:`run_network`; needs `net.upscale`.
+        lq: (B, 3, H, W) in [0, 1], on any device: tiles are moved to the network's, one at a time.
+        tile, overlap: side of a tile and shared pixels, in input pixels.
+        on_tile: called after each tile.
+
+    Returns:
+        sr (B, 3, s·H, s·W) on the device of `lq`, and the :class:`Totals` of the batch.
+
+    Raises:
+        UserError: tile and overlap do not go together.
+    """
+    parameter = next(net.parameters(), lq)
+    totals = Totals()
+    bands = tiled_bands(
+        net,
+        lambda rows, columns: lq[..., rows, columns].to(parameter.device),
+        tuple(lq.shape[-2:]),
+        net.upscale,
+        tile,
+        overlap,
+        totals,
+        on_tile,
+    )
+    # every band is copied at once: the generator reuses its buffer
+    return torch.cat([band.to(lq.device, copy=True) for band in bands], dim=-2), totals
+
+
+def largest_tile(allowed: float, per_pixel: float, per_row: float, overlap: int) -> int:
+    """The largest tile (a multiple of 16) with tile²·per_pixel + tile·per_row ≤ allowed; 0 = none that makes sense.
+
+    Args:
+        allowed: bytes.
+        per_pixel: bytes that the network needs per input pixel.
+        per_row: bytes per input row of a tile (:func:`accumulator_bytes`).
+        overlap: of the tiles; a tile of less than 2·overlap + 16 would compute everything many times.
+    """
+    if allowed <= 0:
+        return 0
+    tile = int((math.sqrt(per_row**2 + 4 * per_pixel * allowed) - per_row) / (2 * per_pixel)) // 16 * 16
+    return tile if tile >= 2 * overlap + 16 else 0
+
+
+def accumulator_bytes(width: int, scale: int) -> int:
+    """Bytes that :func:`tiled_bands` holds per input row of a tile, in host memory."""
+    return 4 * 3 * scale * scale * width

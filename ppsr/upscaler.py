@@ -1,0 +1,549 @@
+"""Enlarge pictures: :class:`Upscaler` for Python, and what ``ppsr upscale`` is made of.
+
+A picture passes through in bands of rows: tiles of the network's input are read from the picture in host memory, the
+network's rows are resized if another factor is wanted, alpha is added, samples are rounded, and the rows are written.
+Only the picture itself and a band are in memory at a time (JPEG and WebP collect the result, arrays are the result).
+"""
+
+import dataclasses
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ppsr import memory
+from ppsr.errors import UserError
+from ppsr.imageio import (
+    MODES,
+    Picture,
+    atomic_file,
+    check_format,
+    format_of,
+    from_pil,
+    read_picture,
+    read_size,
+    to_pil,
+    write_picture,
+)
+from ppsr.tiling import (
+    DEFAULT_OVERLAP,
+    Totals,
+    accumulator_bytes,
+    check_tiles,
+    count_tiles,
+    largest_tile,
+    run_network,
+    tiled_bands,
+)
+
+__all__ = ['DTYPES', 'Stats', 'Upscaler', 'resolve_device', 'resolve_dtype']
+
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, for gray pictures
+
+# A network is only measured when this many bytes per input pixel do not fit; three times what PP-ATD-light at ×4 was
+# measured to need (docs/upscale.md).
+SURELY_ENOUGH = 16 * 1024
+SAFETY = 1.25  # on the measured bytes per pixel
+SHARE_OF_FREE = 0.85  # of the free memory that is taken when no limit is given
+MAX_CALL = 2**23  # input pixels of one network call: tensors stay below 2³¹ elements, which all kernels can index
+READ_BYTES = 12  # per pixel while a picture is decoded: Pillow's copy and ours
+BAND_ROWS = 64
+
+logger = logging.getLogger('ppsr')
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one enlargement did.
+
+    Attributes:
+        input_size, output_size: (width, height) in pixels.
+        pure_share: share of the input's pixels that were exempted as pure, 0 to 1.
+        gmacs: 10⁹ multiply-adds of the network that were done.
+        dense_gmacs: what the same tiles take with nothing exempted.
+        seconds: wall-clock, from pixels to pixels (file: with reading and writing).
+        tile: side of the tiles in input pixels, 0 = the image was not cut.
+        tiles: number of network calls.
+        mask: (H, W) bool, True = pure, or None for a network without a mask.
+    """
+
+    input_size: tuple[int, int]
+    output_size: tuple[int, int]
+    pure_share: float
+    gmacs: float
+    dense_gmacs: float
+    seconds: float
+    tile: int
+    tiles: int
+    mask: np.ndarray | None = dataclasses.field(repr=False, default=None)
+
+    @property
+    def saved_share(self) -> float:
+        """Share of the dense multiply-adds that was saved, 0 to 1."""
+        return 1 - self.gmacs / self.dense_gmacs if self.dense_gmacs else 0.0
+
+
+def resolve_device(device: str | torch.device = 'auto') -> torch.device:
+    """'auto' -> the first GPU, else the CPU; UserError for a device that this machine does not have."""
+    if str(device) == 'auto':
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise UserError(f'{device!r} is not a device; use auto, cpu, cuda or cuda:N.') from None
+    if device.type not in ('cpu', 'cuda'):
+        raise UserError(f'Device {str(device)!r} is not supported; use auto, cpu, cuda or cuda:N.')
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f'Device {str(device)!r} does not exist: {torch.cuda.device_count()} CUDA devices found.')
+    return device
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """'fp32', 'bf16', 'fp16' (or the torch dtype) -> torch dtype; UserError where the device does not do it well."""
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UserError(f'{dtype!r} is not a precision; use {", ".join(DTYPES)}.')
+        dtype = DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        raise UserError(f'{dtype} is not supported; use {", ".join(DTYPES)}.')
+    if dtype == torch.float16 and device.type == 'cpu':
+        raise UserError('fp16 needs a GPU: CPUs compute it slower and less exactly than fp32; use fp32 or bf16.')
+    if dtype == torch.bfloat16 and device.type == 'cuda' and not torch.cuda.is_bf16_supported():
+        raise UserError('This GPU has no bf16; use fp32 or fp16.')
+    return dtype
+
+
+class Upscaler:
+    """Enlarges pictures with a network.
+
+    Args:
+        net: maps (1, 3, h, w) in [0, 1] to (1, 3, s·h, s·w) and has `upscale` = s; see :meth:`from_pretrained`.
+            It is put on the device and into eval mode, and holds no state of a call: one Upscaler serves any number of
+            threads.
+        device: 'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.
+        dtype: 'fp32', or 'bf16' / 'fp16' under autocast (fp16 on GPUs only).
+        outscale: factor of the result, any positive number; None = the network's. Another factor than the network's is
+            reached by Lanczos resizing of the network's result.
+        tile: side of the tiles in input pixels; 0 = never cut; None = cut only if memory demands it.
+        tile_overlap: input pixels that neighbouring tiles share.
+        max_memory: bytes that may be in use: by the process (CPU), or on the GPU; or text like '4G'. None = what is
+            free.
+        say: receives sentences that the user should read (a smaller tile was tried, …); default: the log 'ppsr'.
+
+    Raises:
+        UserError: a value that makes no sense, or that this machine cannot do.
+
+    >>> import numpy as np, torch
+    >>> class Double(torch.nn.Upsample):  # a stand-in: doubles every pixel
+    ...     upscale = 2
+    >>> upscaler = Upscaler(Double(scale_factor=2), device='cpu')
+    >>> upscaler(np.array([[0, 255]], np.uint8))
+    array([[  0,   0, 255, 255],
+           [  0,   0, 255, 255]], dtype=uint8)
+    >>> upscaler.stats.output_size
+    (4, 2)
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        device: str | torch.device = 'auto',
+        dtype: str | torch.dtype = 'fp32',
+        outscale: float | None = None,
+        tile: int | None = None,
+        tile_overlap: int = DEFAULT_OVERLAP,
+        max_memory: int | str | None = None,
+        say: Callable[[str], None] = logger.warning,
+    ):
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.net = net.to(self.device).eval()
+        self.scale = int(net.upscale)
+        self.outscale = float(self.scale if outscale is None else outscale)
+        if not 0 < self.outscale < float('inf'):
+            raise UserError(f'The factor must be a positive number, got {outscale}.')
+        check_tiles(tile or 0, tile_overlap)
+        self.tile, self.tile_overlap = tile, tile_overlap
+        self.max_memory = memory.parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+        self.say = say
+        self._last = threading.local()
+        self._measuring = threading.Lock()
+        self._bytes_per_pixel: float | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_name: str | os.PathLike | None = None,
+        *,
+        arch: str | None = None,
+        pure_pass: bool = True,
+        device: str | torch.device = 'auto',
+        **options,
+    ) -> 'Upscaler':
+        """An Upscaler with weights from a file or of the package.
+
+        Args:
+            path_or_name: a weights file, or a name of `ppsr.weights.PRETRAINED`; None = the weights that ship with
+                the package (×4).
+            arch: 'PPATDLight' runs a plain ATD-light checkpoint with Pure-Pass; None = as the file says.
+            pure_pass: False runs the network with nothing exempted.
+            device, **options: as for the class.
+
+        Raises:
+            UserError: no such weights, or they do not fit.
+        """
+        from ppsr.weights import load_model
+
+        device = resolve_device(device)
+        return cls(load_model(path_or_name, arch=arch, pure_pass=pure_pass, device=device), device=device, **options)
+
+    @property
+    def stats(self) -> Stats | None:
+        """Of the last call that finished in the calling thread; None before the first."""
+        return getattr(self._last, 'stats', None)
+
+    def __call__(self, image):
+        """Enlarge one picture; :meth:`upscale_with_stats` without the statistics (they stay in :attr:`stats`)."""
+        return self.upscale_with_stats(image)[0]
+
+    def upscale_with_stats(self, image, on_tile: Callable[[int, int], None] | None = None):
+        """Enlarge one picture.
+
+        Args:
+            image: a path, a Pillow image, or an array: (H, W), (H, W, 1 | 2 | 3 | 4), RGB order, alpha last and not
+                premultiplied; uint8, uint16, or float in [0, 1].
+            on_tile: called with (tiles done, tiles in all).
+
+        Returns:
+            The picture and its :class:`Stats`. An array gives an array of the same kind and dtype, a Pillow image and
+            a path give a Pillow image (mode L, LA, RGB, RGBA or I;16).
+
+        Raises:
+            UserError: not a picture, or it does not fit into the memory allowed.
+        """
+        start = time.perf_counter()
+        if isinstance(image, np.ndarray):
+            pixels, finish = _check_array(image), lambda out: out.reshape(*out.shape[:2], *image.shape[2:])
+        else:
+            if isinstance(image, Image.Image):
+                picture = from_pil(image)
+            elif isinstance(image, (str, os.PathLike)):
+                self._check_room_to_read(image)
+                picture = read_picture(image)
+            else:
+                raise UserError(f'Give a path, a Pillow image or a numpy array, not {type(image).__name__}.')
+            pixels, finish = picture.pixels, lambda out: to_pil(dataclasses.replace(picture, pixels=out))
+            if picture.pixels.dtype == np.uint16:
+                to_pil(picture)  # 16-bit colour is refused before the work, not after it
+
+        height, width, channels = self._output_shape(pixels.shape)
+        result_bytes = height * width * channels * pixels.itemsize
+
+        def collect(bands: Iterable[np.ndarray]) -> np.ndarray:
+            result, row = np.empty((height, width, channels), pixels.dtype), 0
+            for band in bands:
+                result[row : row + len(band)] = band
+                row += len(band)
+            return result
+
+        result, stats = self._enlarge(pixels, collect, result_bytes, on_tile)
+        return finish(result), self._remember(stats, start)
+
+    def upscale_file(
+        self,
+        source: str | os.PathLike | BinaryIO,
+        target: str | os.PathLike | BinaryIO,
+        quality: int = 95,
+        on_tile: Callable[[int, int], None] | None = None,
+        picture: Picture | None = None,
+    ) -> Stats:
+        """Enlarge a file (or binary stream) into a file (or, as PNG, into a binary stream).
+
+        Bit depth, ICC profile and resolution are kept; the EXIF orientation is applied. The target appears only when
+        it is complete, and replaces an older one then.
+
+        Args:
+            source, target: the target's extension says the format: .png, .jpg, .webp, .tif.
+            quality: 1 to 100, of JPEG and WebP.
+            on_tile: called with (tiles done, tiles in all).
+            picture: the source, if it has been read already.
+
+        Raises:
+            UserError: unreadable, unwritable, too large for the format or the memory.
+        """
+        start = time.perf_counter()
+        stream = hasattr(target, 'write')
+        form = 'PNG' if stream else format_of(target)
+        if picture is None:
+            self._check_room_to_read(source)
+            picture = read_picture(source)
+        shape = self._output_shape(picture.pixels.shape)
+        check_format(form, shape[1], shape[0], shape[2], str('standard output' if stream else target))
+        if not stream and not hasattr(source, 'read') and Path(target).exists() and os.path.samefile(source, target):
+            raise UserError(f'{target} is the input itself; choose another name.')
+
+        def write(bands: Iterable[np.ndarray]) -> None:
+            # a stream cannot be taken back, so it is only written to when the picture is complete
+            with tempfile.TemporaryFile() if stream else atomic_file(target) as file:
+                write_picture(file, form, shape, picture.pixels.dtype, bands, picture.icc, picture.dpi, quality)
+                if stream:
+                    file.seek(0)
+                    shutil.copyfileobj(file, target)
+
+        # Pillow keeps 4 bytes a pixel (1 or 2 of gray); the WebP encoder makes copies of its own
+        collected = {'JPEG': 4, 'WEBP': 16}.get(form, 0) * shape[0] * shape[1]
+        _, stats = self._enlarge(picture.pixels, write, collected, on_tile)
+        return self._remember(stats, start)
+
+    def _remember(self, stats: Stats, start: float) -> Stats:
+        self._last.stats = dataclasses.replace(stats, seconds=time.perf_counter() - start)
+        return self._last.stats
+
+    def _output_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        height, width = (max(1, round(side * self.outscale)) for side in shape[:2])
+        return height, width, shape[2]
+
+    # ------------------------------------------------------------------------------------------------- the work
+
+    def _enlarge(self, pixels: np.ndarray, consume: Callable, result_bytes: int, on_tile) -> tuple[object, Stats]:
+        """Feed the enlarged rows to `consume`; on running out of memory once more with smaller tiles."""
+        tile = self._choose_tile(pixels, result_bytes)
+        height, width = pixels.shape[:2]
+        while True:
+            totals, done = Totals(), 0
+            total = count_tiles(height, width, tile, self.tile_overlap)
+
+            def count() -> None:
+                nonlocal done
+                done += 1
+                if on_tile is not None:
+                    on_tile(done, total)  # noqa: B023 (called in this turn of the loop only)
+
+            try:
+                result = consume(self._rows(pixels, tile, totals, count))
+                break
+            except Exception as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+            # outside of the except block: the traceback would keep the tensors alive
+            tile = self._smaller_tile(tile, max(height, width))
+        out = self._output_shape(pixels.shape)
+        mask = None if totals.mask is None else totals.mask[0].numpy()
+        gmacs, dense = totals.macs / 1e9, totals.dense_macs / 1e9
+        tile = 0 if totals.tiles == 1 else tile
+        size, out_size = (width, height), (out[1], out[0])
+        return result, Stats(size, out_size, totals.pure_share, gmacs, dense, 0.0, tile, totals.tiles, mask)
+
+    def _smaller_tile(self, tile: int, side: int) -> int:
+        before = min(tile or side, side)
+        tile = before // 2 // 16 * 16
+        if tile <= self.tile_overlap:
+            raise UserError(
+                f'Out of memory even with tiles of {before} pixels; close other programs, or use a smaller '
+                'tile overlap.'
+            )
+        if self.device.type == 'cuda':
+            torch.cuda.empty_cache()
+        self.say(f'Out of memory with {f"tiles of {before}" if before < side else "the whole image"}: trying {tile}.')
+        return tile
+
+    def _rows(self, pixels: np.ndarray, tile: int, totals: Totals, on_tile: Callable[[], None]) -> Iterator[np.ndarray]:
+        """The result in bands (rows, W', C), in the dtype of `pixels`."""
+        height, width, channels = pixels.shape
+        peak = np.iinfo(pixels.dtype).max if pixels.dtype.kind == 'u' else 1
+        alpha = pixels[..., -1] if channels in (2, 4) else None
+        colour = pixels if alpha is None else _fill_transparent(pixels[..., :-1], alpha)
+
+        def read(rows: slice, columns: slice) -> Tensor:
+            part = np.ascontiguousarray(colour[rows, columns].transpose(2, 0, 1), np.float32) / np.float32(peak)
+            return torch.from_numpy(part).to(self.device).expand(3, -1, -1)[None]
+
+        bands = tiled_bands(
+            self.net, read, (height, width), self.scale, tile, self.tile_overlap, totals, on_tile, self._run
+        )
+        rows = _to_numpy(bands, gray=colour.shape[2] == 1)
+        size, source = self._output_shape(pixels.shape)[:2], (height * self.scale, width * self.scale)
+        if size != source:
+            rows = resize_bands(rows, source, size)
+        if alpha is not None:
+            rows = _with_alpha(rows, alpha, peak, size)
+        for band in rows:
+            np.clip(band, 0, 1, out=band)
+            yield np.rint(band * peak).astype(pixels.dtype) if peak > 1 else band.astype(pixels.dtype)
+
+    def _run(self, net: nn.Module, lq: Tensor, totals: Totals) -> tuple[Tensor, Tensor | None]:
+        """One network call in the precision chosen; a result that is not finite is never handed on."""
+        half = self.dtype != torch.float32
+        with torch.inference_mode():
+            with torch.autocast(self.device.type, self.dtype, enabled=half):
+                sr, mask = run_network(net, lq, totals)
+            if not torch.isfinite(sr).all() and half:
+                self.say(f'{self.dtype} overflowed: computing this part in fp32.')
+                sr, mask = run_network(net, lq, Totals())
+            if not torch.isfinite(sr).all():
+                raise UserError('The network gives values that are not finite; its weights are damaged.')
+        return sr, mask
+
+    # --------------------------------------------------------------------------------------------------- memory
+
+    def _check_room_to_read(self, source) -> None:
+        if self.max_memory is None or self.device.type != 'cpu' or hasattr(source, 'read'):
+            return
+        width, height = read_size(source)
+        needed = memory.used_memory(self.device) + READ_BYTES * width * height
+        if needed > self.max_memory:
+            raise UserError(
+                f'{source} needs {_gib(needed)} to be opened, more than the {_gib(self.max_memory)} allowed.'
+            )
+
+    def _choose_tile(self, pixels: np.ndarray, result_bytes: int) -> int:
+        """The tile asked for; else 0 (whole) if the memory allows it, else the largest tile that it allows."""
+        height, width, channels = pixels.shape
+        on_cpu = self.device.type == 'cpu'
+        fixed = result_bytes + self._working_bytes(pixels) if on_cpu else 0
+        if self.tile is not None:
+            return self.tile
+        budget = SHARE_OF_FREE * memory.free_memory(self.device)
+        if self.max_memory is not None:
+            budget = min(budget, self.max_memory - memory.used_memory(self.device))
+        room = budget - fixed
+        area = height * width
+        if area <= MAX_CALL and area * SURELY_ENOUGH <= room:
+            return 0
+        per_pixel = self._measured_bytes_per_pixel()
+        # padding to whole windows counts in small or narrow images
+        padded = (height + 15) // 16 * 16 * ((width + 15) // 16 * 16)
+        if area <= MAX_CALL and padded * per_pixel <= room:
+            return 0
+        per_row = accumulator_bytes(width, self.scale) if on_cpu else 0
+        tile = min(largest_tile(room, per_pixel, per_row, self.tile_overlap), int(MAX_CALL**0.5) // 16 * 16)
+        if tile <= 0:
+            smallest = 2 * self.tile_overlap + 16
+            missing = smallest**2 * per_pixel + smallest * per_row - room
+            raise UserError(
+                f'{width}×{height} pixels need {_gib(budget + missing)} of memory at least, and {_gib(budget)} are '
+                'free or allowed; allow more, write --ext png or tiff, or take a smaller picture.'
+            )
+        return tile
+
+    def _working_bytes(self, pixels: np.ndarray) -> float:
+        """Bytes beside the network, the accumulator and the result: copies of the picture, bands of the result."""
+        height, width, channels = pixels.shape
+        with_alpha = channels in (2, 4)
+        bands = 12 * BAND_ROWS * max(width * self.scale, round(width * self.outscale)) * 4 * channels
+        lanczos = 0
+        if self.outscale != self.scale:  # rows under the filter
+            lanczos = 4 * 2 * channels * width * self.scale * (6 * max(1, self.scale / self.outscale) + BAND_ROWS)
+        return height * width * (1 + (20 if with_alpha else 0)) + bands + lanczos
+
+    def _measured_bytes_per_pixel(self) -> float:
+        with self._measuring:
+            if self._bytes_per_pixel is None:
+                measured = memory.measure_bytes_per_pixel(lambda lq: self._run(self.net, lq, Totals()), self.device)
+                self._bytes_per_pixel = SAFETY * measured
+            return self._bytes_per_pixel
+
+
+def _gib(size: float) -> str:
+    return f'{size / 2**30:.1f} GiB'
+
+
+def _check_array(image: np.ndarray) -> np.ndarray:
+    """(H, W, C) view of an array that can be enlarged."""
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in MODES):
+        raise UserError(f'An array must be (H, W) or (H, W, 1 to 4), got {image.shape}.')
+    if 0 in image.shape:
+        raise UserError(f'The array has no pixels: {image.shape}.')
+    if image.dtype in (np.uint8, np.uint16):
+        return image.reshape(*image.shape[:2], -1)
+    if image.dtype.kind != 'f':
+        raise UserError(f'An array must be uint8, uint16 or float in [0, 1], got {image.dtype}.')
+    low, high = image.min(), image.max()
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails, too
+        raise UserError(f'A float array must lie in [0, 1], this one has {low:g} to {high:g}.')
+    return image.clip(0, 1).reshape(*image.shape[:2], -1)
+
+
+def _fill_transparent(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Give every fully transparent pixel the colour of the nearest visible one, so that no hidden colour bleeds in."""
+    hidden = alpha == 0
+    if not hidden.any() or hidden.all():
+        return colour
+    _, labels = cv2.distanceTransformWithLabels(
+        hidden.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
+    )
+    rows, columns = np.nonzero(~hidden)
+    nearest = np.zeros(labels.max() + 1, np.int64)
+    nearest[labels[rows, columns]] = np.arange(len(rows))
+    filled = colour.copy()
+    index = nearest[labels[hidden]]
+    filled[hidden] = colour[rows[index], columns[index]]
+    return filled
+
+
+def _to_numpy(bands: Iterable[Tensor], gray: bool) -> Iterator[np.ndarray]:
+    """(1, 3, rows, W) tensors -> (rows, W, 3) or gray (rows, W, 1) float32 arrays in [0, 1], a few rows at a time."""
+    for band in bands:
+        for start in range(0, band.shape[-2], BAND_ROWS):
+            part = band[0, :, start : start + BAND_ROWS].clamp(0, 1).permute(1, 2, 0).float().cpu().numpy()
+            yield (part @ LUMA)[..., None] if gray else part
+
+
+def _with_alpha(
+    rows: Iterable[np.ndarray], alpha: np.ndarray, peak: int, size: tuple[int, int]
+) -> Iterator[np.ndarray]:
+    """Append the alpha channel, enlarged bicubically (flat areas stay exactly flat, which no network promises)."""
+    image, (height, width) = Image.fromarray(alpha.astype(np.float32) / peak), size
+    step, row = alpha.shape[0] / height, 0
+    for band in rows:
+        box = (0, row * step, image.width, min((row + len(band)) * step, image.height))
+        part = np.asarray(image.resize((width, len(band)), Image.Resampling.BICUBIC, box))
+        row += len(band)
+        yield np.concatenate([band, part[..., None]], axis=2)
+
+
+def resize_bands(bands: Iterable[np.ndarray], source: tuple[int, int], target: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Lanczos resizing of a picture that comes in bands, as Pillow does it to a whole one.
+
+    Args:
+        bands: (rows, w, C) float32 from the top down, h rows in all.
+        source, target: (h, w) and (H, W).
+
+    Yields:
+        (rows, W, C) float32, H rows in all; not clipped.
+    """
+    (height, width), (out_height, out_width) = source, target
+    step = height / out_height
+    reach = 3 * max(1.0, step) + 1  # rows that the filter looks up and down
+    buffer, first, done = None, 0, 0  # `buffer` starts at source row `first`; `done` target rows are finished
+    for band in bands:
+        buffer = band if buffer is None else np.concatenate([buffer, band])
+        ready = first + len(buffer)
+        possible = out_height if ready == height else int((ready - reach) / step)
+        while done < possible:
+            stop = min(possible, done + BAND_ROWS)
+            box = (0, done * step - first, width, min(stop * step - first, len(buffer)))
+            channels = [
+                Image.fromarray(np.ascontiguousarray(buffer[..., c])).resize(
+                    (out_width, stop - done), Image.Resampling.LANCZOS, box
+                )
+                for c in range(buffer.shape[2])
+            ]
+            yield np.stack([np.asarray(channel) for channel in channels], axis=2)
+            done = stop
+        unused = max(0, int(done * step - reach) - first)
+        buffer, first = buffer[unused:], first + unused
