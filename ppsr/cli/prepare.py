@@ -59,9 +59,10 @@ def _prepare(args: argparse.Namespace) -> int:
         for line in summary.unreadable:
             print(line, file=sys.stderr)
         unreadable += len(summary.unreadable)
+        written = ', '.join(path.name for path in summary.written)
         print(
             f'{name}: {summary.made} images made, {summary.skipped} already there, '
-            f'{len(summary.unreadable)} unreadable; in {folders.root}: {", ".join(path.name for path in summary.written)}'
+            f'{len(summary.unreadable)} unreadable; in {folders.root}: {written}'
         )
     return 1 if unreadable else 0
 
