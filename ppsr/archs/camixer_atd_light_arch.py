@@ -122,7 +122,7 @@ class CAMixer(nn.Module):
 
     def num_kept(self, windows: int) -> int:
         """How many of an image's windows get attention in evaluation."""
-        return min(math.ceil(self.ratio * windows - 1e-9), windows)  # 0.1·30 is 3.0000000000000004
+        return min(math.ceil(self.ratio * windows - 1e-9), windows)  # 0.07·100 is 7.000000000000001
 
     def forward(self, y: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """y (B, H, W, C), condition (B, H, W, 2) -> (B, H, W, C), mask (B, n) in {0, 1}, 1 = the window is attended.
