@@ -13,7 +13,6 @@ import errno
 import io
 import os
 import struct
-import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +38,7 @@ __all__ = [
     'read_picture',
     'read_size',
     'to_pil',
+    'write_file',
     'write_picture',
 ]
 
@@ -371,6 +371,14 @@ def write_picture(
     writer(file, form, shape, np.dtype(dtype), _thin(bands), icc, dpi, quality)
 
 
+def write_file(path: str | os.PathLike, pixels: np.ndarray, quality: int = 95) -> None:
+    """Write (H, W, C) or (H, W) uint8 or uint16 pixels to a file whose extension says the format."""
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    form = format_of(path)
+    with atomic_file(path) as file:
+        write_picture(file, form, pixels.shape, pixels.dtype, [pixels], quality=quality)
+
+
 def _thin(bands: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     for band in bands:
         for start in range(0, len(band), BAND_ROWS):
@@ -487,10 +495,3 @@ def _png_filter(rows: np.ndarray, above: np.ndarray, bpp: int) -> np.ndarray:
         cost[better] = weight[better]
         best[better, 0], best[better, 1:] = number, difference[better]
     return best
-
-
-def stdout_buffer() -> BinaryIO:
-    """Standard output as bytes; UserError when it is a terminal."""
-    if sys.stdout.isatty():
-        raise UserError('-o - writes a PNG to standard output, which is a terminal; redirect it to a file.')
-    return sys.stdout.buffer

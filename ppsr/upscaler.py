@@ -242,8 +242,7 @@ class Upscaler:
             if isinstance(image, Image.Image):
                 picture = from_pil(image)
             elif isinstance(image, (str, os.PathLike)):
-                self._check_room_to_read(image)
-                picture = read_picture(image)
+                picture = self.read(image)
             else:
                 raise UserError(f'Give a path, a Pillow image or a numpy array, not {type(image).__name__}.')
             pixels, finish = picture.pixels, lambda out: to_pil(dataclasses.replace(picture, pixels=out))
@@ -265,13 +264,12 @@ class Upscaler:
 
     def upscale_file(
         self,
-        source: str | os.PathLike | BinaryIO,
+        source: str | os.PathLike | BinaryIO | Picture,
         target: str | os.PathLike | BinaryIO,
         quality: int = 95,
         on_tile: Callable[[int, int], None] | None = None,
-        picture: Picture | None = None,
     ) -> Stats:
-        """Enlarge a file (or binary stream) into a file (or, as PNG, into a binary stream).
+        """Enlarge a file (or binary stream, or Picture) into a file (or, as PNG, into a binary stream).
 
         Bit depth, ICC profile and resolution are kept; the EXIF orientation is applied. The target appears only when
         it is complete, and replaces an older one then.
@@ -280,7 +278,6 @@ class Upscaler:
             source, target: the target's extension says the format: .png, .jpg, .webp, .tif.
             quality: 1 to 100, of JPEG and WebP.
             on_tile: called with (tiles done, tiles in all).
-            picture: the source, if it has been read already.
 
         Raises:
             UserError: unreadable, unwritable, too large for the format or the memory.
@@ -288,12 +285,11 @@ class Upscaler:
         start = time.perf_counter()
         stream = hasattr(target, 'write')
         form = 'PNG' if stream else format_of(target)
-        if picture is None:
-            self._check_room_to_read(source)
-            picture = read_picture(source)
+        picture = source if isinstance(source, Picture) else self.read(source)
         shape = self._output_shape(picture.pixels.shape)
         check_format(form, shape[1], shape[0], shape[2], str('standard output' if stream else target))
-        if not stream and not hasattr(source, 'read') and Path(target).exists() and os.path.samefile(source, target):
+        named = not stream and isinstance(source, (str, os.PathLike))
+        if named and Path(target).exists() and os.path.samefile(source, target):
             raise UserError(f'{target} is the input itself; choose another name.')
 
         def write(bands: Iterable[np.ndarray]) -> None:
@@ -308,6 +304,16 @@ class Upscaler:
         collected = {'JPEG': 4, 'WEBP': 16}.get(form, 0) * shape[0] * shape[1]
         _, stats = self._enlarge(picture.pixels, write, collected, on_tile)
         return self._remember(stats, start)
+
+    def read(self, source: str | os.PathLike | BinaryIO) -> Picture:
+        """Read a picture if the memory allowed is enough for that; UserError otherwise."""
+        if self.max_memory is not None and self.device.type == 'cpu' and not hasattr(source, 'read'):
+            width, height = read_size(source)
+            needed = memory.used_memory(self.device) + READ_BYTES * width * height
+            if needed > self.max_memory:
+                allowed = _gib(self.max_memory)
+                raise UserError(f'{source} needs {_gib(needed)} of memory to be opened, and {allowed} are allowed.')
+        return read_picture(source)
 
     def _remember(self, stats: Stats, start: float) -> Stats:
         self._last.stats = dataclasses.replace(stats, seconds=time.perf_counter() - start)
@@ -399,16 +405,6 @@ class Upscaler:
         return sr, mask
 
     # --------------------------------------------------------------------------------------------------- memory
-
-    def _check_room_to_read(self, source) -> None:
-        if self.max_memory is None or self.device.type != 'cpu' or hasattr(source, 'read'):
-            return
-        width, height = read_size(source)
-        needed = memory.used_memory(self.device) + READ_BYTES * width * height
-        if needed > self.max_memory:
-            raise UserError(
-                f'{source} needs {_gib(needed)} to be opened, more than the {_gib(self.max_memory)} allowed.'
-            )
 
     def _choose_tile(self, pixels: np.ndarray, result_bytes: int) -> int:
         """The tile asked for; else 0 (whole) if the memory allows it, else the largest tile that it allows."""

@@ -1,0 +1,93 @@
+"""``ppsr upscale``"""
+
+import argparse
+import sys
+
+HELP = 'enlarge pictures'
+
+
+def positive(text: str) -> float:
+    """argparse type: a number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float('inf'):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
+    return value
+
+
+def percent(text: str) -> int:
+    """argparse type: 1 to 100."""
+    if not text.isdecimal() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 1 to 100')
+    return int(text)
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a network and how it runs; shared by ``upscale`` and ``compare``."""
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument('-n', '--model', metavar='NAME', help='shipped weights by name (default: PP-ATD-light ×4)')
+    weights.add_argument('--model-path', metavar='FILE', help='weights file (.safetensors, .pth)')
+    parser.add_argument('--arch', help='run the weights as this arch; PPATDLight runs a plain ATD-light with Pure-Pass')
+    parser.add_argument('--no-pure-pass', action='store_true', help='exempt nothing: the dense network')
+    parser.add_argument(
+        '-t', '--tile', type=int, help='tile side in input pixels; 0 = never cut (default: from memory)'
+    )
+    parser.add_argument('--tile-overlap', type=int, default=32, metavar='N', help='shared pixels (default: 32)')
+    parser.add_argument('--max-memory', metavar='SIZE', help='never use more, e.g. 4G (RAM, or GPU memory)')
+    parser.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:N (default: auto)')
+    parser.add_argument('--dtype', default='fp32', choices=('fp32', 'bf16', 'fp16'), help='precision (default: fp32)')
+
+
+def make_upscaler(args, **options):
+    """An Upscaler from the options of :func:`add_network_options`."""
+    from ppsr.upscaler import Upscaler
+
+    return Upscaler.from_pretrained(
+        args.model or args.model_path,
+        arch=args.arch,
+        pure_pass=not args.no_pure_pass,
+        device=args.device,
+        dtype=args.dtype,
+        tile=args.tile,
+        tile_overlap=args.tile_overlap,
+        max_memory=args.max_memory,
+        **options,
+    )
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '-i',
+        '--input',
+        nargs='+',
+        required=True,
+        metavar='INPUT',
+        help="pictures, folders, globs, or '-' for standard input",
+    )
+    parser.add_argument(
+        '-o', '--output', required=True, help="folder; for one picture also a file name, or '-' for standard output"
+    )
+    parser.add_argument(
+        '-s', '--outscale', type=positive, help="factor of the result (default: the network's); else Lanczos after it"
+    )
+    parser.add_argument('--suffix', default='out', help="NAME becomes NAME_SUFFIX; '' for none (default: out)")
+    parser.add_argument('--ext', default='auto', choices=('auto', 'png', 'jpg', 'webp', 'tiff'), help='output format')
+    parser.add_argument('--quality', type=percent, default=95, help='of JPEG and WebP (default: 95)')
+    parser.add_argument('-r', '--recursive', action='store_true', help='descend into folders, keeping their tree')
+    parser.add_argument('--overwrite', action='store_true', help='redo outputs that exist (default: skip them)')
+    parser.add_argument('--save-mask', action='store_true', help='write NAME_mask.png beside each output')
+    add_network_options(parser)
+
+
+def run(args) -> int:
+    from ppsr.batch import plan_jobs, run_jobs
+
+    jobs = plan_jobs(args.input, args.output, args.suffix, args.ext, args.recursive)
+    upscaler = make_upscaler(args, outscale=args.outscale)
+    if upscaler.outscale != upscaler.scale:
+        print(f'The network enlarges ×{upscaler.scale}; Lanczos makes ×{upscaler.outscale:g} of it.', file=sys.stderr)
+    summary = run_jobs(upscaler, jobs, args.quality, args.overwrite, args.save_mask)
+    print(summary, file=sys.stderr if args.output == '-' else sys.stdout)
+    return 1 if summary.failed else 0
