@@ -377,8 +377,8 @@ class ATDLight(nn.Module):
 
         Args:
             height, width: of the LQ images, before padding.
-            pure: (B, H', W') bool, the masks that :meth:`forward` used: counts these B images. None: one image
-                without pure pixels.
+            pure: (B, H', W') bool, the masks that :meth:`forward` used: counts these B images. None: one image in
+                the dense network.
         """
         s = self.window_size
         batch, n = 1 if pure is None else pure.shape[0], (-(-height // s) * s) * (-(-width // s) * s)
@@ -449,8 +449,8 @@ class PPATDLight(ATDLight):
 
     def macs(self, height: int, width: int, pure: Tensor | None = None) -> dict[str, int]:
         macs = super().macs(height, width, pure)
-        tokens = macs['shallow'] // self.conv_first.weight.numel()
-        macs['mask'] = tokens * 3 * self.pure_pass.num_centers
+        if pure is not None:  # the dense network computes no mask
+            macs['mask'] = pure.numel() * 3 * self.pure_pass.num_centers
         return macs
 
 
