@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from ppsr.errors import UserError
 
-__all__ = ['init_dist']
+__all__ = ['any_process', 'barrier', 'from_all', 'from_first', 'init_dist', 'leave_dist']
 
 
 def init_dist(opt: dict, launcher: str) -> None:
@@ -47,3 +47,53 @@ def _slurm_environment() -> None:
         os.environ['MASTER_ADDR'] = hosts.stdout.split()[0]
     os.environ.setdefault('MASTER_PORT', '29500')
     os.environ.update(WORLD_SIZE=tasks, RANK=rank, LOCAL_RANK=local)
+
+
+def _alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized())
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true in any process: all get the same answer. `device` is one that the backend works on."""
+    if _alone():
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags.item() > 0
+
+
+def from_all(value) -> list:
+    """The `value` (anything that pickles) of every process, in the order of their ranks."""
+    if _alone():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(make):
+    """What ``make()`` returns in the first process; a UserError that it raises there is raised in all."""
+    if _alone():
+        return make()
+    answer = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [make()]
+        except UserError as e:
+            answer = [e]
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if not _alone():
+        dist.barrier()
+
+
+def leave_dist() -> None:
+    """Leave the process group, if there is one."""
+    if not _alone():
+        dist.destroy_process_group()

@@ -5,6 +5,7 @@ evaluated, and a mistake is one sentence (:class:`ppsr.errors.UserError`) instea
 """
 
 import inspect
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -21,6 +22,10 @@ __all__ = ['check_network', 'load_options', 'network_arguments', 'read_yaml']
 PLAIN_NAME = re.compile(r'[\w+@=,.-]*[\w+@=,-][\w+@=,.-]*')  # becomes a folder or file name: no separators, not '..'
 VAL_KEYS = ('val_freq', 'save_img', 'suffix', 'pbar', 'metrics', 'tile', 'tile_overlap')
 PATH_KEYS = ('pretrain_network_g', 'param_key_g', 'strict_load_g', 'resume_state', 'ignore_resume_networks')
+TRAIN_KEYS = ('total_iter', 'warmup_iter', 'ema_decay', 'optim_g', 'scheduler', 'pixel_opt', 'perceptual_opt')
+TRAIN_KEYS += ('auxiliary_weights', 'grad_clip_norm', 'amp', 'max_nonfinite')
+LOGGER_KEYS = ('print_freq', 'save_checkpoint_freq', 'keep_last', 'use_tb_logger', 'wandb')
+AMP = ('bf16', 'fp16')
 REQUIRED = {
     'name': str,
     'model_type': str,
@@ -204,6 +209,7 @@ def load_options(
     _complete_datasets(opt, is_train, path)
     _complete_paths(opt, Path(root), is_train)
     if is_train:
+        _check_training(opt, path)
         opt['train']['total_iter'] = int(opt['train']['total_iter'])
         opt['logger'].setdefault('use_tb_logger', False)
         if 'debug' in opt['name']:
@@ -229,6 +235,41 @@ def _checked_val(val: dict | None, is_train: bool, path) -> dict | None:
     if val['suffix'] is not None:
         _plain(val['suffix'], f'options file {path}: val → suffix')
     return val
+
+
+def _check_training(opt: dict, path) -> None:
+    where, train, logger = f'options file {path}', opt['train'], opt['logger']
+    _known(logger, LOGGER_KEYS, f'{where}: logger')
+    if MODEL_REGISTRY.get(opt['model_type']).__module__.startswith('ppsr.'):  # other packages' models have their own
+        _known(train, TRAIN_KEYS, f'{where}: train')
+    dataset = opt['datasets']['train']
+    _at_least(train, 'total_iter', 1, f'{where}: train')
+    _at_least(train, 'grad_clip_norm', None, f'{where}: train')
+    _at_least(train, 'max_nonfinite', 1, f'{where}: train', int)
+    _at_least(train, 'ema_decay', 0, f'{where}: train')
+    for key in ('print_freq', 'save_checkpoint_freq'):
+        _at_least(logger, key, 1, f'{where}: logger')
+    _at_least(logger, 'keep_last', 1, f'{where}: logger', int)
+    _at_least(dataset, 'batch_size_per_gpu', 1, f'{where}: datasets → train', int)
+    _at_least(dataset, 'num_worker_per_gpu', 0, f'{where}: datasets → train', int)
+    _at_least(dataset, 'dataset_enlarge_ratio', None, f'{where}: datasets → train')
+    if opt['val'] is not None:
+        _at_least(opt['val'], 'val_freq', 1, f'{where}: val')
+    if train.get('amp') is not None and train['amp'] not in AMP:
+        raise UserError(
+            f'{where}: train → amp must be one of {", ".join(AMP)}, or ~ for float32, not {train["amp"]!r}.'
+        )
+
+
+def _at_least(section: dict, key: str, least: float | None, where: str, kind=(int, float)) -> None:
+    """A number that is there has to be finite and at least `least`, or positive where that is None."""
+    value = section.get(key)
+    if value is None:
+        return
+    fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or (value <= 0 if least is None else value < least):
+        wanted = 'above 0' if least is None else f'of at least {least}'
+        raise UserError(f'{where} → {key} must be a{" whole" if kind is int else ""} number {wanted}, not {value!r}.')
 
 
 def _complete_datasets(opt: dict, is_train: bool, path) -> None:

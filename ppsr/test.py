@@ -26,8 +26,11 @@ def test_pipeline(opt: dict) -> dict[str, dict[str, float]]:
     from basicsr.utils import get_env_info, get_root_logger, get_time_str, make_exp_dirs, set_random_seed
     from basicsr.utils.options import dict2str
 
+    from ppsr.distributed import barrier
+
     set_random_seed(opt['manual_seed'] + opt['rank'])
     make_exp_dirs(opt)
+    barrier()
     log_file = Path(opt['path']['log'], f'test_{opt["name"]}_{get_time_str()}.log')
     logger = get_root_logger(log_level=logging.INFO, log_file=str(log_file))
     logger.info(get_env_info())

@@ -1,5 +1,7 @@
 """``ppsr train``"""
 
+import sys
+
 
 def configure(parser) -> None:
     add_run_options(parser)
@@ -30,7 +32,14 @@ def load(args, is_train: bool) -> dict:
 
 
 def run(args) -> int:
+    from ppsr.distributed import leave_dist
     from ppsr.train import train_pipeline
 
-    train_pipeline(load(args, is_train=True), args.opt)
-    return 0
+    opt = load(args, is_train=True)
+    stopped_by = train_pipeline(opt, args.opt)
+    leave_dist()
+    if stopped_by is None:
+        return 0
+    if opt['rank'] == 0:
+        print(f'ppsr: stopped by {stopped_by.name}, a checkpoint is saved; go on with --auto_resume.', file=sys.stderr)
+    return 128 + stopped_by

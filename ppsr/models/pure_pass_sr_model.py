@@ -1,24 +1,33 @@
 """The BasicSR model around PP-ATD-light: an SRModel that counts what Pure-Pass saves and loads weights safely."""
 
+import contextlib
+import json
 from collections import OrderedDict
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
 import torch.distributed
 from basicsr.metrics import calculate_metric
 from basicsr.models.sr_model import SRModel
-from basicsr.utils import get_root_logger, imwrite, tensor2img
+from basicsr.utils import get_root_logger, tensor2img
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
+from ppsr import checkpoints
+from ppsr.atomic import atomic_path
+from ppsr.distributed import any_process, from_all
 from ppsr.errors import UserError
 from ppsr.registry import register
 from ppsr.weights import load_into, read_checkpoint
 
 __all__ = ['PurePassSRModel']
 
+AMP = {'bf16': torch.bfloat16, 'fp16': torch.float16}  # train.amp
+MAX_NONFINITE = 10  # losses that are not finite, unless train.max_nonfinite says otherwise
 OPTIMIZERS = ('Adam', 'AdamW', 'SGD', 'RMSprop', 'RAdam', 'NAdam')
 # what Pure-Pass did to a data set, reported beside PSNR and SSIM; which direction a best-of record prefers
 STATISTICS = {'pure_percent': 'higher', 'gmacs': 'lower', 'gmacs_saved_percent': 'higher'}
@@ -35,12 +44,22 @@ class PurePassSRModel(SRModel):
     - named auxiliary losses: a network with ``auxiliary_losses() -> {name: scalar}`` has them added to the training
       loss, each times ``train.auxiliary_weights[name]`` (or the network's own ``auxiliary_weights``), and logged;
     - every optimizer of torch.optim that super-resolution uses (basicsr 1.4.2 knows Adam only);
-    - weights read without running code, keys named when they do not fit.
+    - weights read without running code, keys named when they do not fit;
+    - ``train.grad_clip_norm``: gradients are scaled down to this norm; ``train.amp``: bf16 or fp16 autocast of the
+      network, losses and weights stay float32;
+    - a loss or gradient that is not finite skips the step and writes the file names of the batch to nonfinite.jsonl
+      beside the log; the ``train.max_nonfinite``-th one (default 10) ends the training;
+    - checkpoints written atomically, with all that a resumed training needs to go on as if it had not been interrupted
+      (:mod:`ppsr.checkpoints`); ``logger.keep_last`` of them are kept.
 
     Networks of other packages work; they have no statistics unless they offer ``macs``.
     """
 
     def __init__(self, opt: dict):
+        self.position: dict = {}  # where in the epoch the training stands; the training loop's, kept in the state
+        self.nonfinite = 0  # steps skipped so far
+        self.best_metric_results: dict = {}
+        self.stop_requested = lambda: False  # the training loop's; a validation ends early when it says so
         super().__init__(opt)
         net = self.get_bare_model(self.net_g)
         if hasattr(net, 'macs') and opt['rank'] == 0:
@@ -77,15 +96,72 @@ class PurePassSRModel(SRModel):
 
     # ------------------------------------------------------------------ training
 
+    def init_training_settings(self):
+        super().init_training_settings()
+        train = self.opt['train']
+        self.amp_dtype = AMP.get(train.get('amp'))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
+        self.grad_clip_norm = train.get('grad_clip_norm')
+        self.max_nonfinite = train.get('max_nonfinite') or MAX_NONFINITE
+
+    def feed_data(self, data):
+        self.lq = data['lq'].to(self.device, non_blocking=True)
+        if 'gt' in data:
+            self.gt = data['gt'].to(self.device, non_blocking=True)
+        self.lq_path = data.get('lq_path', [])
+
     def optimize_parameters(self, current_iter):
+        """One step; none where the loss or the gradient is not finite.
+
+        Raises:
+            UserError: that happened ``train.max_nonfinite`` times.
+        """
         self.optimizer_g.zero_grad()
-        self.output = self.net_g(self.lq)
+        amp = contextlib.nullcontext()
+        if self.amp_dtype is not None:
+            amp = torch.autocast(self.device.type, self.amp_dtype)
+        with amp:
+            self.output = self.net_g(self.lq)
+        self.output = self.output.float()
         losses = self._losses()
-        sum(losses.values()).backward()
-        self.optimizer_g.step()
-        self.log_dict = self.reduce_loss_dict(losses)
-        if self.ema_decay > 0:
+        total = sum(losses.values())
+        # all processes take the step or none does: a backward pass waits for every one of them
+        finite = not any_process(not torch.isfinite(total).item(), self.device)
+        if finite:
+            self.scaler.scale(total).backward()
+            self.scaler.unscale_(self.optimizer_g)
+            norm = torch.nn.utils.clip_grad_norm_(self.net_g.parameters(), self.grad_clip_norm or float('inf'))
+            if self.scaler.is_enabled():  # finds its scale by overflowing now and then: that is no failure
+                self.scaler.step(self.optimizer_g)
+                self.scaler.update()
+            elif finite := torch.isfinite(norm).item():
+                self.optimizer_g.step()
+            if self.grad_clip_norm:
+                losses['grad_norm'] = norm
+        self.log_dict = self.reduce_loss_dict({name: loss.detach() for name, loss in losses.items()})
+        if not finite:
+            self._note_nonfinite(current_iter, losses)
+        elif self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
+
+    def _note_nonfinite(self, current_iter: int, losses: dict) -> None:
+        self.nonfinite += 1
+        values = {name: str(loss.item()) for name, loss in losses.items()}  # as text: JSON has no NaN
+        batches = from_all({'losses': values, 'lq_path': list(self.lq_path)})
+        notes = Path(self.opt['path']['log'], 'nonfinite.jsonl')
+        if self.opt['rank'] == 0:
+            with open(notes, 'a', encoding='utf-8') as file:
+                file.write(json.dumps({'iter': current_iter, 'processes': batches}) + '\n')
+        get_root_logger().warning(
+            f'iteration {current_iter}: the loss or its gradient is not finite ({values}); step skipped '
+            f'({self.nonfinite} of {self.max_nonfinite}), file names in {notes}.'
+        )
+        if self.nonfinite >= self.max_nonfinite:
+            raise UserError(
+                f'the loss or its gradient was not finite {self.nonfinite} times, last at iteration {current_iter} '
+                f'(file names in {notes}): lower the learning rate, set train → grad_clip_norm, or raise '
+                'train → max_nonfinite.'
+            )
 
     def _losses(self) -> OrderedDict:
         """Every term of the loss by its name in the log."""
@@ -101,6 +177,62 @@ class PurePassSRModel(SRModel):
             for name, loss in net.auxiliary_losses().items():
                 losses[f'l_{name}'] = loss * weights.get(name, 1.0)
         return losses
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save(self, epoch, current_iter):
+        """Write models/net_g_<iter>.pth, then training_states/<iter>.state; -1 writes net_g_latest.pth alone."""
+        latest = current_iter == -1
+        random_states = None if latest else from_all(checkpoints.random_state())
+        if self.opt['rank'] != 0:
+            return
+        content = {'params': self._weights(self.net_g)}
+        if hasattr(self, 'net_g_ema'):
+            content['params_ema'] = self._weights(self.net_g_ema)
+        paths = self.opt['path']
+        checkpoints.write(Path(paths['models'], f'net_g_{"latest" if latest else current_iter}.pth'), content)
+        if latest:
+            return
+        state = {
+            'epoch': epoch,
+            'iter': current_iter,
+            'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
+            'schedulers': [scheduler.state_dict() for scheduler in self.schedulers],
+            'scaler': self.scaler.state_dict(),
+            'best_metric_results': self.best_metric_results,
+            'nonfinite': self.nonfinite,
+            'position': self.position,
+            'random_states': random_states,
+        }
+        checkpoints.write(Path(paths['training_states'], f'{current_iter}.state'), state)
+        keep_last = self.opt['logger'].get('keep_last')
+        if keep_last:
+            metrics = (self.opt['val'] or {}).get('metrics') or {}
+            best = {record[m]['iter'] for record in self.best_metric_results.values() for m in metrics if m in record}
+            checkpoints.prune(paths['models'], paths['training_states'], keep_last, best)
+
+    def _weights(self, net) -> dict:
+        return {name: value.detach().cpu() for name, value in self.get_bare_model(net).state_dict().items()}
+
+    def resume_training(self, resume_state):
+        """Put back what :meth:`save` kept beside the weights. BasicSR's own states have only some of it.
+
+        Raises:
+            UserError: the state is that of another optimizer, scheduler or network.
+        """
+        try:
+            super().resume_training(resume_state)
+            self.scaler.load_state_dict(resume_state.get('scaler') or {})
+            self.best_metric_results = resume_state.get('best_metric_results') or {}
+            self.nonfinite = resume_state.get('nonfinite', 0)
+            random_states = resume_state.get('random_states') or []
+            if self.opt['rank'] < len(random_states):
+                checkpoints.restore_random_state(random_states[self.opt['rank']])
+        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+            raise UserError(
+                f'training state {self.opt["path"]["resume_state"]} does not fit these options: {e}; resume with the '
+                'network, optimizer and scheduler that it was saved with.'
+            ) from e
 
     # ------------------------------------------------------------------ validation
 
@@ -137,9 +269,11 @@ class PurePassSRModel(SRModel):
         rank, world_size = self.opt['rank'], self.opt['world_size']
         name = dataset.opt['name']
         metrics = val.get('metrics') or {}
-        sums: dict[str, float] = dict.fromkeys(metrics, 0.0)
+        sums: dict[str, float] = {'images': 0, **dict.fromkeys(metrics, 0.0)}
         mine = range(rank, len(dataset), world_size)
         for i in tqdm(mine, desc=name, unit='image', leave=False, disable=rank != 0 or not val.get('pbar', False)):
+            if self.stop_requested():
+                break
             data = default_collate([dataset[i]])
             self.feed_data(data)
             self.test()
@@ -149,16 +283,20 @@ class PurePassSRModel(SRModel):
             for statistic, value in self.statistics.items():
                 sums[statistic] = sums.get(statistic, 0.0) + value
             if save_img:
-                imwrite(images['img'], str(self._image_path(name, Path(data['lq_path'][0]).stem, current_iter)))
+                _write_image(self._image_path(name, Path(data['lq_path'][0]).stem, current_iter), images['img'])
+            sums['images'] += 1
             self._forget_images()
 
         if self.opt['dist']:
-            keys = [*metrics, *STATISTICS]
+            keys = ['images', *metrics, *STATISTICS]
             total = torch.tensor([sums.get(key, 0.0) for key in keys], dtype=torch.float64, device=self.device)
             torch.distributed.all_reduce(total)
             net = self.get_bare_model(self.net_g)
-            sums = {k: v for k, v in zip(keys, total.tolist()) if k in metrics or hasattr(net, 'macs')}
-        self.metric_results = {key: value / len(dataset) for key, value in sums.items()}
+            sums = {k: v for k, v in zip(keys, total.tolist()) if k not in STATISTICS or hasattr(net, 'macs')}
+        if sums.pop('images') < len(dataset):
+            get_root_logger().info(f'Validation {name} was stopped on the way.')
+            return
+        self.metric_results = {key: float(value) / len(dataset) for key, value in sums.items()}
         self._initialize_best_metric_results(name)
         for key, value in self.metric_results.items():
             self._update_best_metric_result(name, key, value, current_iter)
@@ -184,12 +322,21 @@ class PurePassSRModel(SRModel):
         return folder / dataset_name / f'{image_name}_{self.opt["val"].get("suffix") or self.opt["name"]}.png'
 
     def _initialize_best_metric_results(self, dataset_name):
-        self.best_metric_results = getattr(self, 'best_metric_results', {})
         record = self.best_metric_results.setdefault(dataset_name, {})
         better = {k: v.get('better', 'higher') for k, v in (self.opt['val'].get('metrics') or {}).items()} | STATISTICS
         for key in self.metric_results:
             start = float('-inf') if better[key] == 'higher' else float('inf')
             record.setdefault(key, {'better': better[key], 'val': start, 'iter': -1})
+
+
+def _write_image(path: Path, bgr: np.ndarray) -> None:
+    """A uint8 BGR image as PNG, whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(cv2.imencode('.png', bgr)[1].tobytes())
+    except OSError as e:
+        raise UserError(f'{path} cannot be written ({e.strerror or e}).') from e
 
 
 def _dense_macs(net, height: int, width: int) -> int:
