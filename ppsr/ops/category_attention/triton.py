@@ -28,8 +28,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppsr.ops.category_attention.reference import sort_tokens
-
 __all__ = ['backward', 'config', 'forward']
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -230,13 +228,13 @@ def _query_gradient_kernel(
         product = _dot(q, tl.trans(k))
         p = tl.where(counted[None, :] & active[:, None], tl.exp2(product * (s * LOG2_E) - lse2[:, None]), 0.0)
         dp = _dot(do, tl.trans(v))
-        ds = p * (dp - row_delta[:, None])  # gradient of the logits
-        dscale += tl.sum(ds * product, 1)
-        excess += tl.sum(ds, 1)
         mean += tl.sum(p * product, 1)
+        ds = p * (dp - row_delta[:, None])  # gradient of the logits
+        excess += tl.sum(ds, 1)
+        dscale += tl.sum(ds * product, 1)
         dq += _dot(ds.to(k.dtype), k)
     _store(grad_qkv, grad_stride_n, token, exists, at_q, dq * s, HEAD_DIM, BLOCK_D, grad_stride_c)
-    # a row of ds adds up to 0, but for the rounding of `out` in delta: in 16 bits that would spoil the sum over all rows
+    # a row of ds adds up to 0, but for the rounding of `out` in delta, which would spoil this sum in 16 bits
     tl.store(grad_scale, tl.sum(dscale - excess * mean))
 
 
@@ -346,9 +344,19 @@ def _grid(qkv: Tensor, num_heads: int, category_size: int, block: int) -> tuple[
     return (triton.cdiv(n, category_size) * num_blocks * num_heads, batch), num_blocks
 
 
+def _sort(category: Tensor, pure: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``reference.sort_tokens`` in one sort for all images, of 32-bit keys: half the passes of a radix sort."""
+    key = category.to(torch.int32)  # no image has 2³¹ categories
+    if pure is None:
+        counts = torch.full(category.shape[:1], category.shape[1], dtype=torch.int32, device=category.device)
+    else:
+        key = key.masked_fill(pure, torch.iinfo(torch.int32).max)
+        counts = (~pure).sum(1, dtype=torch.int32)
+    return key.argsort(dim=1, stable=True).to(torch.int32), counts
+
+
 def forward(qkv, category, pure, scale, num_heads, category_size, keep):
-    # half the key bits, half the passes of the radix sort; no image has 2³¹ categories
-    order, counts = sort_tokens(category.to(torch.int32), pure)
+    order, counts = _sort(category, pure)
     batch, n, c3 = qkv.shape
     out = qkv.new_empty(batch, n, c3 // 3)
     lse = qkv.new_empty(batch, num_heads, n, dtype=torch.float32)
