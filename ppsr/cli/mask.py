@@ -1,0 +1,54 @@
+"""``ppsr mask``"""
+
+import sys
+from pathlib import Path
+
+HELP = 'draw which pixels Pure-Pass finds pure'
+
+
+def configure(parser) -> None:
+    parser.add_argument('-i', '--input', nargs='+', required=True, metavar='INPUT', help='pictures, folders, globs')
+    parser.add_argument('-o', '--output', required=True, help='folder; for one picture also a file name')
+    parser.add_argument('-r', '--recursive', action='store_true', help='descend into folders, keeping their tree')
+    parser.add_argument('--suffix', default='mask', help='NAME becomes NAME_SUFFIX (default: mask)')
+    parser.add_argument('--overwrite', action='store_true', help='redo outputs that exist (default: skip them)')
+    parser.add_argument('--zoom', type=int, default=4, help='pixels of the overlay per pixel of the input (default: 4)')
+    parser.add_argument('--num-centers', type=int, default=8, metavar='K', help='colour centres (default: 8)')
+    parser.add_argument('--window-size', type=int, default=5, metavar='W', help='side of the windows (default: 5)')
+    parser.add_argument('--shift', type=int, help='offset of the second grid (default: half a window)')
+    parser.add_argument('--no-fuse', action='store_true', help='without the second grid')
+
+
+def run(args) -> int:
+    from ppsr.batch import plan_jobs
+    from ppsr.errors import UserError
+    from ppsr.imageio import read_picture, write_file
+    from ppsr.pure_pass import PurePass
+    from ppsr.visualize import as_rgb, enlarge_nearest, mask_overlay, network_mask
+
+    try:
+        pure_pass = PurePass(args.num_centers, args.window_size, args.shift, not args.no_fuse)
+    except ValueError as error:
+        raise UserError(f'{error}.') from None
+    if args.zoom < 1:
+        raise UserError(f'--zoom must be at least 1, got {args.zoom}.')
+    failed, shares = 0, []
+    for job in plan_jobs(args.input, args.output, args.suffix, 'png', args.recursive):
+        if '-' in (job.source, job.target):
+            raise UserError('ppsr mask reads and writes files, not standard input and output.')
+        if not args.overwrite and Path(job.target).exists():
+            print(f'{job.target} exists already (--overwrite replaces it).')
+            continue
+        try:
+            rgb = as_rgb(read_picture(job.source).pixels)
+            pure = network_mask(rgb, pure_pass)
+            write_file(job.target, enlarge_nearest(mask_overlay(rgb, pure, args.num_centers), args.zoom))
+        except UserError as error:
+            print(f'Failed: {error}', file=sys.stderr)
+            failed += 1
+            continue
+        shares.append(pure.mean())
+        print(f'{job.source}: {shares[-1]:.2%} pure')
+    if len(shares) > 1:
+        print(f'Mean of {len(shares)} images: {sum(shares) / len(shares):.2%} pure')
+    return 1 if failed else 0
