@@ -1,0 +1,51 @@
+"""``ppsr purity``: share of pure pixels of a data set."""
+
+import argparse
+import json
+
+from tqdm import tqdm
+
+HELP = 'share of pure pixels of a data set'
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--data', required=True, metavar='DIR', help='HR images (or LQ images with --lq)')
+    parser.add_argument('--scale', type=int, default=4, help='LQ images are made of HR by this scale (default: 4)')
+    parser.add_argument('--lq', action='store_true', help='the images are LQ already')
+    parser.add_argument('--num-centers', type=int, nargs='+', default=[8], metavar='K', help='default: 8')
+    parser.add_argument('--window', type=int, nargs='+', default=[5], metavar='W', help='default: 5')
+    parser.add_argument('--shift', type=int, metavar='S', help='offset of the second grid (default: half the window)')
+    parser.add_argument('--format', choices=('text', 'markdown', 'json'), default='text')
+
+
+def run(args: argparse.Namespace) -> int:
+    from ppsr import purity
+    from ppsr.data.benchmark import find_images, read_lq
+    from ppsr.errors import UserError
+
+    if args.scale < 1:
+        raise UserError(f'--scale {args.scale}: it must be at least 1.')
+    found, output = {}, []
+    for name, sources in find_images(args.data, args.scale).items():
+        images, sizes = {}, {}
+        for source in tqdm(sources, desc=name, unit='image', leave=False, disable=None):
+            lq = read_lq(source.path, None if args.lq else args.scale)
+            images[source.stem] = purity.shares(lq, args.num_centers, args.window, args.shift)
+            sizes[source.stem] = tuple(lq.shape[-2:])
+        found[name] = {
+            image: [dict(k=k, w=w, plain=share.plain, fused=share.fused) for (k, w), share in settings.items()]
+            for image, settings in images.items()
+        }
+        if len(args.num_centers) * len(args.window) > 1:
+            output.append(purity.grid_table(name, list(images.values())))
+        else:
+            only = (args.num_centers[0], args.window[0])
+            setting = f'K = {only[0]}, w = {only[1]}, shift {only[1] // 2 if args.shift is None else args.shift}'
+            output.append(
+                purity.image_table(name, sizes, {image: shares[only] for image, shares in images.items()}, setting)
+            )
+    if args.format == 'json':
+        print(json.dumps(found, indent=2))
+    else:
+        print('\n'.join(t.markdown() if args.format == 'markdown' else t.text() for t in output), end='')
+    return 0

@@ -1,0 +1,216 @@
+"""Parameters and multiply-adds of a network: by part, for one size or over the images of a data set.
+
+The convention is that of docs/flops.md: multiply-adds of every matrix product and convolution that the network
+executes on its padded input; the static figure is for a 1280×720 output.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import Tensor, nn
+
+from ppsr.archs.atd_light_arch import mirror_pad
+from ppsr.errors import UserError
+from ppsr.options import check_network, read_yaml
+from ppsr.report import Table
+
+__all__ = [
+    'ImageCost',
+    'as_dict',
+    'build_from_options',
+    'build_network',
+    'count_parameters',
+    'dense_macs',
+    'dynamic_table',
+    'image_cost',
+    'largest_saving',
+    'mask_of',
+    'spread',
+    'static_size',
+    'static_table',
+    'uniform_macs',
+]
+
+STATIC_OUTPUT = (720, 1280)
+
+
+def build_network(network: dict, where: str = 'network_g') -> nn.Module:
+    """A network from its entry in an options file (type and arguments), in eval mode, with random weights.
+
+    Raises:
+        UserError: a type or an argument that does not exist, or a value that is not supported.
+    """
+    check_network(network, where)
+    arguments = {name: value for name, value in network.items() if name != 'type'}
+    try:
+        net = ARCH_REGISTRY.get(network['type'])(**arguments).eval()
+    except (ValueError, TypeError) as e:
+        raise UserError(f'{where}: {network["type"]} cannot be built: {e}') from e
+    if not hasattr(net, 'macs'):
+        raise UserError(f'{where}: {network["type"]} does not count its multiply-adds (it has no method macs).')
+    return net
+
+
+def build_from_options(path: str | Path) -> nn.Module:
+    """The network of an options file (:func:`build_network`); nothing else in the file is looked at.
+
+    Raises:
+        UserError: the file cannot be read or names no network.
+    """
+    network = read_yaml(path).get('network_g')
+    if not isinstance(network, dict):
+        raise UserError(f'options file {path} lacks network_g.')
+    return build_network(network, f'options file {path}: network_g')
+
+
+def count_parameters(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def static_size(scale: int) -> tuple[int, int]:
+    """(height, width) of the LQ image whose enlargement is 1280×720."""
+    return STATIC_OUTPUT[0] // scale, STATIC_OUTPUT[1] // scale
+
+
+def dense_macs(net: nn.Module, height: int, width: int) -> int:
+    """Multiply-adds of one image without Pure-Pass: no token exempt, no mask computed."""
+    return sum(net.macs(height, width).values())
+
+
+def mask_of(net: nn.Module, lq: Tensor) -> Tensor | None:
+    """The mask (B, H', W') that the network uses for images (B, 3, H, W), or None; no forward pass is needed."""
+    return net.pure_mask(mirror_pad(lq, net.window_size))
+
+
+def uniform_macs(net: nn.Module, height: int, width: int, pure: bool) -> dict[str, int]:
+    """Multiply-adds by part, the mask's own included, when no pixel or every pixel is pure: the two ends."""
+    if mask_of(net, torch.zeros(1, 3, 1, 1)) is None:
+        return net.macs(height, width)
+    padded = (-(-side // net.window_size) * net.window_size for side in (height, width))
+    return net.macs(height, width, torch.full((1, *padded), pure))
+
+
+def largest_saving(net: nn.Module, height: int, width: int) -> float:
+    """Share of the dense multiply-adds that is saved when every pixel is pure, in [0, 1]: the bound."""
+    return 1 - sum(uniform_macs(net, height, width, True).values()) / dense_macs(net, height, width)
+
+
+@dataclass(frozen=True)
+class ImageCost:
+    """What one image costs.
+
+    Attributes:
+        name: of the image.
+        size: (height, width) of the LQ image.
+        pure: share of its pixels that are pure, in [0, 1].
+        macs: multiply-adds by part.
+        dense: multiply-adds without Pure-Pass.
+    """
+
+    name: str
+    size: tuple[int, int]
+    pure: float
+    macs: dict[str, int]
+    dense: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.macs.values())
+
+    @property
+    def saved(self) -> float:
+        """Share of the dense multiply-adds, in [0, 1]."""
+        return 1 - self.total / self.dense
+
+
+def image_cost(net: nn.Module, lq: Tensor, name: str = '') -> ImageCost:
+    """Cost of one image (1, 3, H, W) with the mask that the network really uses for it."""
+    h, w = lq.shape[-2:]
+    mask = mask_of(net, lq)
+    pure = 0.0 if mask is None else mask[..., :h, :w].double().mean().item()
+    return ImageCost(name, (h, w), pure, net.macs(h, w, mask), dense_macs(net, h, w))
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Mean, minimum, median and maximum."""
+    values = list(values)
+    return {'mean': mean(values), 'min': min(values), 'median': median(values), 'max': max(values)}
+
+
+def static_table(net: nn.Module, height: int, width: int) -> Table:
+    """GMACs by part for an image of height × width LQ pixels, when no pixel and when every pixel is pure."""
+    none, every = (uniform_macs(net, height, width, pure) for pure in (False, True))
+    total, scale = sum(none.values()), net.upscale
+    rows = [[part, none[part] / 1e9, 100 * none[part] / total, every[part] / 1e9] for part in none]
+    rows.append(['total', total / 1e9, 100.0, sum(every.values()) / 1e9])
+    table = Table(
+        ['part', 'GMACs', 'share (%)', 'GMACs, all pure'],
+        rows,
+        ['', '.3f', '.1f', '.3f'],
+        f'{type(net).__name__} ×{scale}: {count_parameters(net):,} parameters; one image of {width}×{height} pixels '
+        f'→ {width * scale}×{height * scale}',
+    )
+    bound = largest_saving(net, height, width)
+    if bound > 0:
+        table.notes = [f'Bound of the saving (every pixel pure): {100 * bound:.2f} % of the dense network.']
+    return table
+
+
+def dynamic_table(name: str, costs: list[ImageCost]) -> Table:
+    """Mean, minimum, median and maximum over the images of a data set."""
+    lines = {
+        'pure pixels (%)': [100 * cost.pure for cost in costs],
+        'GMACs': [cost.total / 1e9 for cost in costs],
+        'GMACs, dense': [cost.dense / 1e9 for cost in costs],
+        'saved (%)': [100 * cost.saved for cost in costs],
+    }
+    rows = [[line, *spread(values).values()] for line, values in lines.items()]
+    total = 1 - sum(cost.total for cost in costs) / sum(cost.dense for cost in costs)
+    return Table(
+        ['per image', 'mean', 'min', 'median', 'max'],
+        rows,
+        ['', *['.3f'] * 4],
+        f'{name}: {len(costs)} images, each at its own size',
+        [f'Saved of the multiply-adds of all images together: {100 * total:.2f} %.'],
+    )
+
+
+def as_dict(net: nn.Module, height: int, width: int, costs: dict[str, list[ImageCost]]) -> dict:
+    """All of it for a program: exact multiply-adds, shares in [0, 1]."""
+    parts = uniform_macs(net, height, width, False)
+    return {
+        'arch': type(net).__name__,
+        'scale': net.upscale,
+        'parameters': count_parameters(net),
+        'static': {
+            'input': [3, height, width],
+            'macs': sum(parts.values()),
+            'parts': parts,
+            'largest_saving': largest_saving(net, height, width),
+        },
+        'dynamic': {
+            name: {
+                'images': len(images),
+                'pure': spread(cost.pure for cost in images),
+                'macs': spread(cost.total for cost in images),
+                'dense_macs': spread(cost.dense for cost in images),
+                'saved': spread(cost.saved for cost in images),
+                'parts': {part: mean(cost.macs[part] for cost in images) for part in images[0].macs},
+                'per_image': [
+                    {
+                        'name': cost.name,
+                        'input': [3, *cost.size],
+                        'pure': cost.pure,
+                        'macs': cost.total,
+                        'saved': cost.saved,
+                    }
+                    for cost in images
+                ],
+            }
+            for name, images in costs.items()
+        },
+    }
