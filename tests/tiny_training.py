@@ -3,10 +3,10 @@
 import contextlib
 import multiprocessing
 import os
-import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parent.parent
 # a process of its own for every training, forked from one that has imported everything
 _processes = multiprocessing.get_context('forkserver')
-_processes.set_forkserver_preload(['ppsr.train', 'ppsr', 'ppsr.data.loader', 'basicsr.train', 'tests.training'])
+_processes.set_forkserver_preload(['ppsr.train', 'ppsr', 'ppsr.data.loader', 'basicsr.train', 'tiny_training'])
 
 
 def write_pairs(folder: Path, count: int, size: int = 24, scale: int = 2, pure: bool = False) -> None:
@@ -48,6 +48,7 @@ def options(data: Path, **changes) -> dict:
                 'gt_size': 32,
                 'batch_size_per_gpu': 2,
                 'num_worker_per_gpu': 0,
+                'dataset_enlarge_ratio': 3,
             },
             'val': {'type': 'PairedSRDataset', 'dataroot_gt': str(data / 'hr'), 'dataroot_lq': str(data / 'lr')},
         },
@@ -103,6 +104,7 @@ class Training:
 
     def __init__(self, folder: Path, *arguments: str, prepare=None, environment=None):
         self.output = folder / 'output.txt'
+        self.output.write_text('')
         argv = ['train', '-opt', 'options.yml', *arguments]
         target = (str(folder), argv, prepare, environment or {})
         self.process = _processes.Process(target=_run, args=target)
@@ -118,14 +120,23 @@ class Training:
     def text(self) -> str:
         return self.output.read_text() if self.output.exists() else ''
 
-    def signal(self, number: int) -> None:
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        """Return when the output holds `text`, or the process has ended."""
+        end = time.monotonic() + seconds
+        while text not in self.text and self.process.is_alive():
+            assert time.monotonic() < end, f'no {text!r} after {seconds} s:\n{self.text}'
+            time.sleep(0.02)
+
+    def signal_group(self, number: int) -> None:
+        """To the training and its loader workers, as a terminal or a cluster manager does."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, number)
+            os.killpg(self.process.pid, number)
 
 
 def _run(folder: str, argv: list[str], prepare, environment: dict[str, str]) -> None:
     os.chdir(folder)
     os.environ.update(environment)
+    multiprocessing.set_start_method('fork', force=True)  # loader workers as in a training started from a shell
     os.setpgid(0, 0)  # a process group, as a terminal or a cluster manager signals one
     file = os.open('output.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -136,19 +147,6 @@ def _run(folder: str, argv: list[str], prepare, environment: dict[str, str]) -> 
     from ppsr.cli import main
 
     sys.exit(main(argv))
-
-
-def kill_in_checkpoint(number: int) -> None:
-    """From now on the process dies while it writes its checkpoint file `number`, before the file gets its name."""
-    calls = iter(range(1, number + 1))
-    replace = os.replace
-
-    def dying_replace(source, target):
-        if str(target).endswith(('.pth', '.state')) and next(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
-
-    os.replace = dying_replace
 
 
 def weights(folder: Path, name: str = 'net_g_latest.pth') -> dict[str, torch.Tensor]:
