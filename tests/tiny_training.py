@@ -20,13 +20,13 @@ _processes = multiprocessing.get_context('forkserver')
 _processes.set_forkserver_preload(['ppsr.train', 'ppsr', 'ppsr.data.loader', 'basicsr.train', 'tiny_training'])
 
 
-def write_pairs(folder: Path, count: int, size: int = 24, scale: int = 2, pure: bool = False) -> None:
-    """Folders hr/ and lr/ of `count` pictures each: smooth noise, or one flat colour each."""
+def write_pairs(folder: Path, count: int, size: int = 24, scale: int = 2) -> None:
+    """Folders hr/ and lr/ of `count` pictures each: smooth noise."""
     rng = np.random.default_rng(0)
     for kind in ('hr', 'lr'):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        cells = rng.integers(0, 256, (1, 1, 3) if pure else (size // 4, size // 4, 3), dtype=np.uint8)
+        cells = rng.integers(0, 256, (size // 4, size // 4, 3), dtype=np.uint8)
         hr = Image.fromarray(cells).resize((size * scale, size * scale), Image.Resampling.BICUBIC)
         hr.save(folder / 'hr' / f'{i:03}.png')
         hr.resize((size, size), Image.Resampling.BICUBIC).save(folder / 'lr' / f'{i:03}.png')
@@ -100,14 +100,14 @@ class Training:
         arguments: after -opt.
         prepare: called in the process before the command (to break something there on purpose).
         environment: variables that it gets.
+        output: file in `folder` that gets what it prints.
     """
 
-    def __init__(self, folder: Path, *arguments: str, prepare=None, environment=None):
-        self.output = folder / 'output.txt'
+    def __init__(self, folder: Path, *arguments: str, prepare=None, environment=None, output='output.txt'):
+        self.output = folder / output
         self.output.write_text('')
         argv = ['train', '-opt', 'options.yml', *arguments]
-        target = (str(folder), argv, prepare, environment or {})
-        self.process = _processes.Process(target=_run, args=target)
+        self.process = _processes.Process(target=_run, args=(self.output, argv, prepare, environment or {}))
         self.process.start()
 
     def wait(self, seconds: float = 120) -> int:
@@ -133,12 +133,12 @@ class Training:
             os.killpg(self.process.pid, number)
 
 
-def _run(folder: str, argv: list[str], prepare, environment: dict[str, str]) -> None:
-    os.chdir(folder)
+def _run(output: Path, argv: list[str], prepare, environment: dict[str, str]) -> None:
+    os.chdir(output.parent)
     os.environ.update(environment)
     multiprocessing.set_start_method('fork', force=True)  # loader workers as in a training started from a shell
     os.setpgid(0, 0)  # a process group, as a terminal or a cluster manager signals one
-    file = os.open('output.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
