@@ -171,7 +171,7 @@ def panels(pictures: list[Panel], title: str = '', columns: int = 3, width: floa
     aspect = min(max(height / breadth, 0.2), 3.0)  # of a panel: an extreme panorama gets room for its caption
     panel_width = width / columns
     caption = 0.75  # inches
-    figure = Figure(figsize=(width, rows * (panel_width * aspect + caption) + (0.5 if title else 0)), dpi=120)
+    figure = Figure(figsize=(width, rows * (panel_width * aspect + caption) + 0.5 + (0.5 if title else 0)), dpi=120)
     FigureCanvasAgg(figure)
     figure.set_layout_engine('constrained', h_pad=0.06, w_pad=0.06)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -184,10 +184,12 @@ def panels(pictures: list[Panel], title: str = '', columns: int = 3, width: floa
             shown = axis.imshow(
                 panel.image, cmap='magma', vmin=0, vmax=max(1.0, float(np.percentile(panel.image, 99.5)))
             )
-            # below: beside the panel it would push the columns apart
-            bar = figure.colorbar(shown, ax=axis, location='bottom', fraction=0.04, pad=0.01, aspect=40, extend='max')
+            # inside of the panel's own axes: beside or below it would move the panel out of line with the others
+            inch = 1 / (panel_width * height / breadth)
+            place = axis.inset_axes((0, -0.2 * inch, 1, 0.13 * inch))
+            bar = figure.colorbar(shown, cax=place, orientation='horizontal', extend='max')
             bar.set_label('gray levels (of 255)', fontsize=12)
-            bar.ax.tick_params(labelsize=11)
+            place.tick_params(labelsize=11)
         else:
             axis.imshow(panel.image, interpolation='antialiased')
         axis.set_title(f'{panel.title}\n{panel.detail}' if panel.detail else panel.title, fontsize=15)
