@@ -16,7 +16,7 @@ ride along as one channel more of the product.
 import torch
 from torch import Tensor
 
-__all__ = ['attention', 'attention_backward', 'buffers', 'wide']
+__all__ = ['attention', 'attention_backward', 'attention_in_parts', 'buffers', 'wide']
 
 # Elements of a buffer of probabilities: 1 MiB of float32 on the CPU stays in the cache; elsewhere launches cost more.
 _CPU_ELEMENTS = 2**18
@@ -40,14 +40,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | float, bias: Tens
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=None if bias is None else bias[None].to(q.dtype), scale=float(scale)
         )
+    return attention_in_parts(q, k, v, scale, bias)
+
+
+def attention_in_parts(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | float, bias: Tensor | None = None):
+    """:func:`attention` on a device whose fused kernels do not hand out the log-sum-exp or want other head sizes."""
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=wide(q.dtype), device=q.device)
     step = max(1, _DEVICE_ELEMENTS // (q.shape[1] * q.shape[2] * k.shape[2]))
-    for part in (slice(i, i + step) for i in range(0, q.shape[0], step)):
-        logits = (q[part] @ k[part].mT).to(lse.dtype) * scale
+    for start in range(0, q.shape[0], step):
+        part = slice(start, start + step)
+        logits = q[part].to(lse.dtype) @ k[part].to(lse.dtype).mT * scale
         if bias is not None:
             logits += bias
         lse[part] = logits.logsumexp(-1)
-        out[part] = (logits - lse[part][..., None]).exp_().to(v.dtype) @ v[part]
+        out[part] = logits.softmax(-1).to(v.dtype) @ v[part]
     return out, lse
 
 

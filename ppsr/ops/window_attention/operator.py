@@ -72,13 +72,16 @@ def attention_macs(tokens: int, channels: int, window_size: int) -> int:
 
 
 @register_flop_formula(torch.ops.ppsr.window_attention)
-def _flops(qkv_shape, bias_shape, num_heads, window_size, shift, *args, **kwargs) -> int:
+def _flops(qkv_shape, bias_shape, num_heads, window_size, shift, **kwargs) -> int:
     batch, h, w, c3 = qkv_shape
     return 2 * attention_macs(batch * h * w, c3 // 3, window_size)
 
 
+# the counter passes the shape of the result as out_shape, so no parameter here may be called that
 @register_flop_formula(torch.ops.ppsr.window_attention_backward)
-def _flops_backward(grad_shape, qkv_shape, out_shape, lse_shape, bias_shape, num_heads, window_size, *args, **kwargs):
+def _flops_backward(
+    grad_shape, qkv_shape, forward_shape, lse_shape, bias_shape, num_heads, window_size, shift, **kwargs
+) -> int:
     batch, h, w, c3 = qkv_shape  # five products where the forward has two
     return 5 * attention_macs(batch * h * w, c3 // 3, window_size)
 

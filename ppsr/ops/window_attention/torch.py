@@ -116,4 +116,4 @@ def backward(grad_out, qkv, out, lse, bias_table, num_heads, window_size, shift)
             for x, grad in zip(target[part].split(c, -1), (dq.mul_(scale), dk, dv)):
                 _put(x, grad)
         grad_table.index_add_(1, _table_row(window_size, height, width, qkv.device), grad_bias.flatten(1))
-    return grad_qkv, grad_table.t().to(bias_table.dtype, memory_format=torch.contiguous_format)
+    return grad_qkv, grad_table.t().to(bias_table.dtype).contiguous()
