@@ -107,6 +107,7 @@ class ImageCost:
         name: of the image.
         size: (height, width) of the LQ image.
         pure: share of its pixels that are pure, in [0, 1].
+        exempt: share of the tokens of the padded image that are: what the saving follows.
         macs: multiply-adds by part.
         dense: multiply-adds without Pure-Pass.
     """
@@ -114,6 +115,7 @@ class ImageCost:
     name: str
     size: tuple[int, int]
     pure: float
+    exempt: float
     macs: dict[str, int]
     dense: int
 
@@ -131,8 +133,8 @@ def image_cost(net: nn.Module, lq: Tensor, name: str = '') -> ImageCost:
     """Cost of one image (1, 3, H, W) with the mask that the network really uses for it."""
     h, w = lq.shape[-2:]
     mask = mask_of(net, lq)
-    pure = 0.0 if mask is None else mask[..., :h, :w].double().mean().item()
-    return ImageCost(name, (h, w), pure, net.macs(h, w, mask), dense_macs(net, h, w))
+    pure, exempt = (0.0, 0.0) if mask is None else (m.double().mean().item() for m in (mask[..., :h, :w], mask))
+    return ImageCost(name, (h, w), pure, exempt, net.macs(h, w, mask), dense_macs(net, h, w))
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:

@@ -1,0 +1,45 @@
+"""``ppsr tables``: measured and published figures side by side, as tables and plots."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+HELP = "the paper's tables and plots from what is at hand"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--data', default='datasets', metavar='DIR', help='folder with the benchmarks (default: datasets)'
+    )
+    parser.add_argument('-o', '--output', default='docs/tables', metavar='DIR', help='default: docs/tables')
+    parser.add_argument(
+        '--weights',
+        nargs='+',
+        metavar='FILE',
+        help='weight files, each used for the networks that it fits (default: the shipped ones)',
+    )
+    parser.add_argument('-opt', nargs='+', default=[], metavar='YML', help='options files whose networks become rows')
+    parser.add_argument('--scales', nargs='+', type=int, default=[2, 3, 4], metavar='N', help='default: 2 3 4')
+    parser.add_argument('--no-ablations', action='store_true', help='benchmarks only')
+    parser.add_argument(
+        '--cache',
+        default='results/tables.jsonl',
+        metavar='FILE',
+        help='records of images already measured; delete it to measure again (default: results/tables.jsonl)',
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ppsr.errors import UserError
+    from ppsr.tables import make
+    from ppsr.weights import list_pretrained, resolve
+
+    if min(args.scales) < 1:
+        raise UserError(f'--scales {min(args.scales)}: a scale is at least 1.')
+    weights = [resolve(path) for path in args.weights] if args.weights else list(list_pretrained().values())
+    command = shlex.join(['ppsr', *sys.argv[1:]])
+    options = [Path(path) for path in args.opt]
+    make(args.data, args.output, args.cache, weights, args.scales, options, not args.no_ablations, command)
+    print(f'{args.output}: written; begin with README.md.')
+    return 0

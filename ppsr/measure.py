@@ -1,0 +1,219 @@
+"""Quality and cost of a method on test images, one record per image, remembered on disk.
+
+A record is found again by the hash of what it depends on: the network's options, its weights, the mask that controls
+use, the image file and the scale. So an interrupted run goes on where it was, and nothing is computed twice.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from basicsr.metrics import calculate_psnr, calculate_ssim
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ppsr.complexity import build_network, image_cost
+from ppsr.data.benchmark import as_tensor, read_pair
+from ppsr.data.bicubic import imresize_bicubic
+from ppsr.data.layout import Source
+from ppsr.errors import UserError
+from ppsr.version import __version__
+from ppsr.weights import load_into, read_checkpoint
+
+__all__ = ['CONTROLS', 'Cache', 'Method', 'SameShareMask', 'local_variance', 'measure', 'quality']
+
+MEANING = 1  # of a record; raise it when a record comes to mean something else
+
+
+class Cache:
+    """Records by key in a file of JSON lines that only grows. A line that an interruption cut off is ignored.
+
+    Raises:
+        UserError: the file cannot be read or written.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._records: dict[str, dict] = {}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            text = self.path.read_text(encoding='utf-8') if self.path.exists() else ''
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f'{self.path}: this cache cannot be read ({e}); delete it or name another.') from e
+        self._whole = not text or text.endswith('\n')
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+                self._records[entry['key']] = entry['record']
+            except (ValueError, KeyError, TypeError):
+                continue
+
+    @staticmethod
+    def key(**what) -> str:
+        """Hash of what a record depends on."""
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def get(self, key: str) -> dict | None:
+        return self._records.get(key)
+
+    def put(self, key: str, record: dict) -> None:
+        line = json.dumps({'key': key, 'record': record}) + '\n'
+        try:
+            with open(self.path, 'a', encoding='utf-8') as file:
+                file.write(line if self._whole else '\n' + line)
+        except OSError as e:
+            raise UserError(f'{self.path}: the cache cannot be written ({e.strerror or e}).') from e
+        self._whole, self._records[key] = True, record
+
+
+@lru_cache(maxsize=4096)
+def _file_hash(path: Path, size: int, modified: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's contents."""
+    path = Path(path).resolve()
+    status = path.stat()
+    return _file_hash(path, status.st_size, status.st_mtime_ns)
+
+
+def local_variance(lq: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, H, W): variance in the 5×5 neighbourhood, summed over the channels; edges are repeated."""
+    x = F.pad(lq.double(), (2, 2, 2, 2), mode='replicate')
+    mean, mean_square = F.avg_pool2d(x, 5, 1), F.avg_pool2d(x * x, 5, 1)
+    return (mean_square - mean * mean).clamp(min=0).sum(1)
+
+
+def _chance(lq: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, H, W): random numbers that depend on the size of the images only."""
+    return torch.rand(lq.shape[0], *lq.shape[2:], generator=torch.Generator().manual_seed(0)).to(lq.device)
+
+
+CONTROLS = {'variance': local_variance, 'random': _chance}
+
+
+class SameShareMask(nn.Module):
+    """A control: of each image exactly as many pixels as Pure-Pass finds, but others: those with the lowest score.
+
+    Stands in the place of a network's PurePass.
+
+    Args:
+        pure_pass: says how many.
+        score: (B, 3, H, W) -> (B, H, W); ties go to the first pixel.
+    """
+
+    def __init__(self, pure_pass: nn.Module, score):
+        super().__init__()
+        self.pure_pass, self.score = pure_pass, score
+
+    @property
+    def num_centers(self) -> int:  # what the mask costs is counted as for Pure-Pass, for a comparison at equal cost
+        return self.pure_pass.num_centers
+
+    def forward(self, lq: Tensor) -> Tensor:
+        counts = self.pure_pass(lq).flatten(1).sum(1)
+        score = self.score(lq)
+        place = score.flatten(1).argsort(dim=1, stable=True).argsort(dim=1)
+        return (place < counts[:, None]).view_as(score)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Something that enlarges images: bicubic, or a network with or without weights.
+
+    Attributes:
+        label: its name in tables.
+        scale: of the enlargement.
+        network: type and arguments as in an options file; None is bicubic.
+        weights: file with its weights; None: parameters and multiply-adds can be told, quality cannot.
+        control: name in :data:`CONTROLS` of a mask that takes the place of Pure-Pass.
+        about: anything worth a column.
+    """
+
+    label: str
+    scale: int
+    network: dict | None = None
+    weights: Path | None = None
+    control: str = ''
+    about: dict = field(default_factory=dict)
+
+    def build(self) -> nn.Module | None:
+        """The network, with its weights where there are some, in eval mode; None for bicubic."""
+        if self.network is None:
+            return None
+        net = build_network(self.network, self.label)
+        if self.weights is not None:
+            load_into(net, read_checkpoint(self.weights))
+        if self.control:
+            net.pure_pass = SameShareMask(net.pure_pass, CONTROLS[self.control])
+        return net
+
+    def key(self, image: Path) -> str:
+        return Cache.key(
+            meaning=MEANING,
+            version=__version__,
+            scale=self.scale,
+            network=self.network,
+            weights=self.weights and file_hash(self.weights),
+            control=self.control,
+            image=file_hash(image),
+        )
+
+
+def quality(sr: np.ndarray, gt: np.ndarray, scale: int) -> dict[str, float]:
+    """PSNR in dB and SSIM by basicsr's functions: Y channel, crop = scale; images are uint8 RGB (H, W, 3)."""
+    sr, gt = sr[..., ::-1], gt[..., ::-1]  # basicsr's images are BGR
+    options = dict(crop_border=scale, test_y_channel=True)
+    return {'psnr': float(calculate_psnr(sr, gt, **options)), 'ssim': float(calculate_ssim(sr, gt, **options))}
+
+
+def _one(method: Method, net: nn.Module | None, image: Path) -> dict:
+    lq, gt = read_pair(image, method.scale)
+    if net is None:
+        return quality(imresize_bicubic(lq, method.scale, up=True), gt, method.scale)
+    x = as_tensor(lq)
+    cost = image_cost(net, x)
+    record = {'pure': cost.pure, 'exempt': cost.exempt, 'macs': cost.total, 'dense': cost.dense}
+    if method.weights is not None:
+        with torch.inference_mode():
+            sr = net(x)[0]
+        sr = (sr.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        record |= quality(sr, gt, method.scale)
+    return record
+
+
+def measure(
+    methods: Iterable[Method], data_sets: dict[str, list[Source]], cache: Cache, description: str = ''
+) -> dict[tuple[str, str], list[dict]]:
+    """Records of every method on every image, from the cache where it has them.
+
+    Returns:
+        (label, data set) -> one record per image, in the order of the data set: 'psnr' (dB) and 'ssim' where there
+        are weights; for networks 'pure' and 'exempt' (shares of pixels and of padded tokens), 'macs' and 'dense'.
+    """
+    methods = list(methods)
+    found: dict[tuple[str, str], list[dict]] = {}
+    total = len(methods) * sum(map(len, data_sets.values()))
+    with tqdm(total=total, desc=description, unit='image', leave=False, disable=None) as progress:
+        for method in methods:
+            net = None
+            for name, sources in data_sets.items():
+                progress.set_postfix_str(f'{method.label}, {name}')
+                records = found.setdefault((method.label, name), [])
+                for source in sources:
+                    key = method.key(source.path)
+                    record = cache.get(key)
+                    if record is None:
+                        net = net or method.build()
+                        record = _one(method, net, source.path)
+                        cache.put(key, record)
+                    records.append(record)
+                    progress.update()
+    return found

@@ -1,0 +1,311 @@
+"""The paper's tables from what is at hand: rivals, ablations and controls, measured; published figures beside them.
+
+Never an invented figure: a cell says 'no weights', 'no data' or 'not available' where there is none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from tqdm import tqdm
+
+from ppsr import complexity, plots, published
+from ppsr.atomic import atomic_path
+from ppsr.data.benchmark import BENCHMARKS, find_images, read_lq
+from ppsr.data.layout import Source
+from ppsr.errors import UserError
+from ppsr.measure import Cache, Method, file_hash, measure
+from ppsr.options import read_yaml
+from ppsr.purity import Share, shares
+from ppsr.report import Table
+from ppsr.version import __version__
+from ppsr.weights import load_into, read_checkpoint
+
+__all__ = ['ablation_methods', 'ablation_table', 'benchmark_table', 'cost_table', 'make', 'methods_of']
+
+NOT_AVAILABLE, NO_WEIGHTS, NO_DATA = 'not available', 'no weights', 'no data'
+BICUBIC, DENSE, CAMIXER, PURE_PASS = 'bicubic', 'ATD-light', 'CAMixer-ATD-light', 'PP-ATD-light'
+RIVALS = {DENSE: 'ATDLight', CAMIXER: 'CAMixerATDLight', PURE_PASS: 'PPATDLight'}
+# K and w of the heat map
+GRID_CENTERS, GRID_WINDOWS = (2, 4, 6, 8, 12, 16, 32), (2, 3, 4, 5, 6, 8, 12, 16)
+# ablations: what is changed of the default, one thing at a time
+CHANGES = {
+    'fusion off': {'pp_fuse': False},
+    'K = 4': {'pp_num_centers': 4},
+    'K = 16': {'pp_num_centers': 16},
+    'K = 32': {'pp_num_centers': 32},
+    'w = 3': {'pp_window_size': 3},
+    'w = 4': {'pp_window_size': 4},
+    'w = 8': {'pp_window_size': 8},
+    'shift 1': {'pp_shift': 1},
+    'bypass': {'pp_compensation': 'bypass'},
+    'zero': {'pp_compensation': 'zero'},
+}
+CONTROLS = {'lowest variance': 'variance', 'random': 'random'}
+
+Records = dict[tuple[str, str], list[dict]]
+
+
+def methods_of(scale: int, weights: Sequence[Path], options: Sequence[Path] = ()) -> list[Method]:
+    """The methods of a scale: bicubic, the rivals as published, and the networks of further options files.
+
+    A network gets the first of the weight files that says it was made for its type, or else the first that fits.
+
+    Raises:
+        UserError: an options file or a weight file that cannot be used.
+    """
+    networks = {label: {'type': kind, 'upscale': scale} for label, kind in RIVALS.items()}
+    for path in options:
+        opt = read_yaml(path)
+        network = opt.get('network_g')
+        if not isinstance(network, dict):
+            raise UserError(f'options file {path} lacks network_g.')
+        label = str(opt.get('name', Path(path).stem))
+        if label in networks or label == BICUBIC:
+            raise UserError(f'options file {path}: the name {label!r} is taken by another row of the tables.')
+        if network.get('upscale', 4) == scale:
+            networks[label] = network
+    rows = [Method(label, scale, network, _weights_for(network, weights)) for label, network in networks.items()]
+    return [Method(BICUBIC, scale), *rows]
+
+
+def _weights_for(network: dict, weights: Sequence[Path]) -> Path | None:
+    net = complexity.build_network(network)
+    fitting, own = [], []
+    for path in weights:
+        checkpoint = read_checkpoint(path)
+        try:
+            load_into(net, checkpoint)
+        except UserError:
+            continue  # of another arch or scale: somebody else's row
+        fitting.append(path)
+        if (checkpoint.config or {}).get('type') == network['type']:
+            own.append(path)
+    return next(iter(own + fitting), None)
+
+
+def ablation_methods(base: Method) -> list[Method]:
+    """The dense network, the default, each change and each control, all on the weights of `base` (PP-ATD-light)."""
+    dense = {name: value for name, value in base.network.items() if not name.startswith('pp_')} | {'type': 'ATDLight'}
+    methods = [replace(base, label='dense', network=dense), replace(base, label='default')]
+    methods += [replace(base, label=label, network=base.network | change) for label, change in CHANGES.items()]
+    methods += [replace(base, label=label, control=control) for label, control in CONTROLS.items()]
+    return methods
+
+
+def _mean(records: list[dict], what: str) -> float | None:
+    return mean(record[what] for record in records) if records and what in records[0] else None
+
+
+def _percent_less(records: list[dict]) -> float | None:
+    """Mean saving of a data set in percent of its dense multiply-adds."""
+    return 100 * (1 - _mean(records, 'macs') / _mean(records, 'dense')) if 'macs' in records[0] else None
+
+
+def cost_table(methods: Sequence[Method]) -> Table:
+    """Parameters and GMACs at 1280×720 of the networks among the methods, the published ones beside them."""
+    rows = []
+    for method in methods:
+        if method.network is None:
+            continue
+        net = method.build()
+        size = complexity.static_size(method.scale)
+        ends = [sum(complexity.uniform_macs(net, *size, pure).values()) / 1e9 for pure in (False, True)]
+        bound = complexity.largest_saving(net, *size)
+        parameters, gmacs = published.cost(method.label, method.scale)
+        rows.append(
+            [f'×{method.scale}', method.label, complexity.count_parameters(net), *ends, 100 * bound if bound else None]
+            + [parameters or NOT_AVAILABLE, gmacs or NOT_AVAILABLE]
+        )
+    for scale in sorted({method.scale for method in methods}):
+        for other in published.others(scale):
+            rows.append([f'×{scale}', other, *['not built here'] * 3, None, *published.cost(other, scale)])
+    return Table(
+        ['scale', 'method', 'parameters', 'GMACs', 'GMACs, all pure', 'bound (%)']
+        + ['parameters, published', 'GMACs, published'],
+        rows,
+        ['', '', ',', '.2f', '.2f', '.2f', ',', '.1f'],
+        'Parameters and multiply-adds for a 1280×720 output',
+    )
+
+
+def benchmark_table(scale: int, methods: Sequence[Method], records: Records) -> Table:
+    """One row per data set and method: cost and quality, measured and published."""
+    rows = []
+    parameters = {m.label: complexity.count_parameters(m.build()) for m in methods if m.network is not None}
+    for name in [*BENCHMARKS, *(sorted({name for _, name in records} - {*BENCHMARKS}))]:
+        of_dense = _mean(records.get((DENSE, name), []), 'macs')
+        for method in methods:
+            found = records.get((method.label, name), [])
+            gmacs = _mean(found, 'macs')
+            missing = NO_WEIGHTS if found else NO_DATA
+            against = 100 * (gmacs / of_dense - 1) if gmacs and of_dense else None
+            pure = _mean(found, 'pure')
+            row = [name, method.label, parameters.get(method.label)]
+            row += [gmacs / 1e9 if gmacs else NO_DATA if method.network else None, against]
+            row += [100 * pure if pure is not None else None]
+            row += [_mean(found, 'psnr') or missing, _mean(found, 'ssim') or missing]
+            rows.append(row + _published(method.label, scale, name))
+        for other in published.others(scale):
+            rows.append([name, other, *[None] * 4, *['not measured'] * 2, *_published(other, scale, name)])
+    return Table(
+        ['data set', 'method', 'parameters', 'GMACs', 'against ATD-light (%)', 'pure (%)', 'PSNR (dB)', 'SSIM']
+        + ['PSNR, published', 'SSIM, published'],
+        rows,
+        ['', '', ',', '.2f', '+.2f', '.2f', '.3f', '.4f', '.2f', '.4f'],
+        f'×{scale}: means over the images of a data set',
+    )
+
+
+def _published(label: str, scale: int, name: str) -> list:
+    return list(published.quality(label, scale, name) or (NOT_AVAILABLE, NOT_AVAILABLE))
+
+
+def ablation_table(scale: int, methods: Sequence[Method], records: Records) -> Table:
+    """One row per data set and variant: pure pixels, saving, quality, and the difference from the dense network."""
+    rows = []
+    for name in dict.fromkeys(name for _, name in records):
+        dense = records['dense', name]
+        for method in methods:
+            found = records[method.label, name]
+            row = [name, method.label, 100 * _mean(found, 'exempt'), _percent_less(found)]
+            row += [_mean(found, 'psnr'), _mean(found, 'ssim')]
+            differences = [1000 * (one['psnr'] - other['psnr']) for one, other in zip(found, dense)]
+            error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+            rows.append([*row, mean(differences), error] if method.label != 'dense' else [*row, None, None])
+    return Table(
+        ['data set', 'variant', 'exempt (%)', 'saved (%)', 'PSNR (dB)', 'SSIM', 'from dense (mdB)', 'std. error (mdB)'],
+        rows,
+        ['', '', '.2f', '.2f', '.4f', '.5f', '+.1f', '.1f'],
+        f'×{scale}: PP-ATD-light with one thing changed at a time, and controls with another mask of the same share',
+        [
+            'exempt: share of the tokens of the padded image, mean. saved: of the multiply-adds of the dense network, together over the data set. from dense: mean over the '
+            'images of the difference in PSNR, in thousandths of a dB, with its standard error.'
+        ],
+    )
+
+
+def _grid(data_sets: dict[str, list[Source]], scale: int) -> dict[str, list[dict[tuple[int, int], Share]]]:
+    total = sum(map(len, data_sets.values()))
+    with tqdm(total=total, desc=f'×{scale} K and w', unit='image', leave=False, disable=None) as progress:
+        found = {}
+        for name, sources in data_sets.items():
+            for source in sources:
+                image = shares(read_lq(source.path, scale), GRID_CENTERS, GRID_WINDOWS)
+                found.setdefault(name, []).append(image)
+                progress.update()
+    return found
+
+
+def _grid_table(scale: int, images: dict[str, list[dict[tuple[int, int], Share]]]) -> Table:
+    def share(of: list[dict[tuple[int, int], Share]], k: int, w: int) -> float:
+        return 100 * mean(image[k, w].fused for image in of)
+
+    rows = [[name, k, *(share(of, k, w) for w in GRID_WINDOWS)] for name, of in images.items() for k in GRID_CENTERS]
+    return Table(
+        ['data set', 'K', *(f'w = {w}' for w in GRID_WINDOWS)],
+        rows,
+        ['', '', *['.1f'] * len(GRID_WINDOWS)],
+        f'×{scale}: share of pure pixels in percent with fusion, mean over the images',
+    )
+
+
+def _write(folder: Path, name: str, text: str) -> None:
+    with atomic_path(folder / name) as temporary:
+        temporary.write_text(text, encoding='utf-8')
+
+
+def _write_table(folder: Path, name: str, table: Table) -> None:
+    _write(folder, f'{name}.md', table.markdown())
+    _write(folder, f'{name}.csv', table.csv())
+    _write(folder, f'{name}.tex', table.latex(f'tab:{name}'))
+
+
+def make(
+    data: str | Path,
+    output: str | Path,
+    cache: str | Path,
+    weights: Sequence[Path],
+    scales: Sequence[int] = (2, 3, 4),
+    options: Sequence[Path] = (),
+    ablate: bool = True,
+    command: str = 'ppsr tables',
+) -> list[str]:
+    """Measure what is not in the cache, and write all tables and plots.
+
+    Args:
+        data: folder with the benchmarks, in any layout that ``ppsr prepare`` knows.
+        output: folder for .md, .csv, .tex, .png and .pdf files and a README.md that shows them.
+        cache: file of the records.
+        weights: weight files, each used for the networks that it fits.
+        scales: of the tables.
+        options: options files whose networks become further rows.
+        ablate: ablations and controls, too, where there are weights of PP-ATD-light.
+        command: what to name in the README as the way these were made.
+
+    Returns:
+        The names of the sections written.
+
+    Raises:
+        UserError: no images, files that cannot be used, a folder that cannot be written.
+    """
+    folder, records_file = Path(output), Cache(cache)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'{folder}: the folder cannot be made ({e.strerror or e}).') from e
+    everything, sections = [], []
+    for scale in scales:
+        data_sets = find_images(data, scale)
+        methods = methods_of(scale, weights, options)
+        everything += methods
+        records = measure(methods, data_sets, records_file, f'×{scale} benchmarks')
+        _write_table(folder, f'benchmarks_x{scale}', benchmark_table(scale, methods, records))
+        found = [(f'benchmarks_x{scale}', f'Benchmarks ×{scale}')]
+        base = next(method for method in methods if method.label == PURE_PASS)
+        found += _pure_pass_plots(folder, scale, base, records)
+        if ablate and base.weights is not None:
+            variants = ablation_methods(base)
+            varied = measure(variants, data_sets, records_file, f'×{scale} ablations')
+            _write_table(folder, f'ablations_x{scale}', ablation_table(scale, variants, varied))
+            found.append((f'ablations_x{scale}', f'Ablations and controls ×{scale}'))
+            plots.quality_against_cost(folder / f'psnr_gmacs_x{scale}', scale, varied, records)
+            found.append((f'psnr_gmacs_x{scale}.png', ''))
+        if ablate:
+            grid = _grid(data_sets, scale)
+            _write_table(folder, f'purity_x{scale}', _grid_table(scale, grid))
+            plots.heat_map(folder / f'purity_grid_x{scale}', scale, GRID_CENTERS, GRID_WINDOWS, grid)
+            found += [(f'purity_x{scale}', f'Pure pixels by K and w, ×{scale}'), (f'purity_grid_x{scale}.png', '')]
+        sections += found
+    _write_table(folder, 'cost', cost_table(everything))
+    sections.insert(0, ('cost', 'Cost'))
+    _write(folder, 'README.md', _readme(folder, sections, everything, command))
+    return [name for name, _ in sections]
+
+
+def _pure_pass_plots(folder: Path, scale: int, base: Method, records: Records) -> list[tuple[str, str]]:
+    own = {name: found for (label, name), found in records.items() if label == base.label}
+    net = base.build()
+    plots.saving_against_share(folder / f'saving_share_x{scale}', scale, net, own)
+    plots.share_by_data_set(folder / f'pure_share_x{scale}', scale, own)
+    return [(f'pure_share_x{scale}.png', ''), (f'saving_share_x{scale}.png', '')]
+
+
+def _readme(folder: Path, sections: list[tuple[str, str]], methods: list[Method], command: str) -> str:
+    used = {m.weights: file_hash(m.weights)[:12] for m in methods if m.weights is not None}
+    lines = ['# Tables', '', f'Made by `{command}` (ppsr {__version__}, torch {torch.__version__}).', '']
+    lines += [f'Weights: {path.name} (SHA-256 {digest}…), used for ' for path, digest in used.items()]
+    for i, path in enumerate(used, len(lines) - len(used)):
+        rows = [f'{m.label} ×{m.scale}' for m in methods if m.weights == path]
+        lines[i] += ', '.join(rows) + '.'
+    lines += ['', 'Low-resolution images are made from the HR images by the exact bicubic; PSNR and SSIM on Y, ']
+    lines[-1] += 'crop = scale, whole images, 8 bits. Multiply-adds: [docs/flops.md](../flops.md). Each table is '
+    lines[-1] += 'also there as `.csv` and `.tex`, each plot as `.pdf`.'
+    for name, title in sections:
+        if name.endswith('.png'):
+            lines += ['', f'![{name[:-4]}]({name})']
+        else:
+            lines += ['', f'## {title}', '', (folder / f'{name}.md').read_text(encoding='utf-8').rstrip()]
+    return '\n'.join(lines) + '\n'
