@@ -68,7 +68,7 @@ def requested() -> str | None:
     """The backend asked for by :func:`use_backend` or ``PPSR_BACKEND``, or None for the automatic choice."""
     name = _forced or os.environ.get('PPSR_BACKEND') or None
     if name is not None and name not in BACKENDS:
-        raise UserError(f"PPSR_BACKEND={name!r} is not a backend; choose one of {', '.join(BACKENDS)}, or unset it.")
+        raise UserError(f'PPSR_BACKEND={name!r} is not a backend; choose one of {", ".join(BACKENDS)}, or unset it.')
     return name
 
 
@@ -103,7 +103,7 @@ def use_backend(name: str | None):
     """Run the block with one backend; None restores the automatic choice. Process-wide, for tests and benchmarks."""
     global _forced
     if name is not None and name not in BACKENDS:
-        raise UserError(f"{name!r} is not a backend; choose one of {', '.join(BACKENDS)}.")
+        raise UserError(f'{name!r} is not a backend; choose one of {", ".join(BACKENDS)}.')
     previous, _forced = _forced, name
     try:
         yield
