@@ -23,7 +23,6 @@ from ppsr.data.benchmark import as_tensor, read_pair
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.data.layout import Source
 from ppsr.errors import UserError
-from ppsr.version import __version__
 from ppsr.weights import load_into, read_checkpoint
 
 __all__ = ['CONTROLS', 'Cache', 'Method', 'SameShareMask', 'local_variance', 'measure', 'quality']
@@ -158,7 +157,6 @@ class Method:
     def key(self, image: Path) -> str:
         return Cache.key(
             meaning=MEANING,
-            version=__version__,
             scale=self.scale,
             network=self.network,
             weights=self.weights and file_hash(self.weights),

@@ -181,8 +181,9 @@ def ablation_table(scale: int, methods: Sequence[Method], records: Records) -> T
         ['', '', '.2f', '.2f', '.4f', '.5f', '+.1f', '.1f'],
         f'×{scale}: PP-ATD-light with one thing changed at a time, and controls with another mask of the same share',
         [
-            'exempt: share of the tokens of the padded image, mean. saved: of the multiply-adds of the dense network, together over the data set. from dense: mean over the '
-            'images of the difference in PSNR, in thousandths of a dB, with its standard error.'
+            'exempt: share of the tokens of the padded image, mean. saved: of the multiply-adds of the dense network, '
+            'together over the data set. from dense: mean over the images of the difference in PSNR, in thousandths '
+            'of a dB, with its standard error.'
         ],
     )
 
