@@ -103,16 +103,23 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* What a thread works with: room for the tokens of a group and for one head of it. */
-struct desk {
+/* The members of a group: `keys` tokens of an image, the first `queries` of them also queries. */
+struct group {
+    int64_t image, queries, keys;
     int32_t *token;
-    float *scratch;
+};
+
+/* What a thread works with. */
+struct desk {
+    struct group group, next; /* each with room for the largest group */
+    float *scratch;           /* for one head of it */
+    int more;                 /* the same thread has the next task, too */
 };
 
 struct loop {
-    void (*body)(void *context, int64_t task, struct desk desk);
+    void (*body)(void *context, int64_t task, struct desk *desk);
     void *context;
-    int64_t tasks, keys, dim; /* groups have at most `keys` tokens */
+    int64_t tasks, run, keys, dim; /* groups have at most `keys` tokens; tasks are taken `run` at a time */
     atomic_llong next;
     atomic_int failed;
 };
@@ -125,26 +132,99 @@ void ppsr_set_team(void *gomp_parallel) { run_team = (team_function)gomp_paralle
 static void work(void *data) {
     struct loop *loop = data;
     const uint64_t mode = flush_denormals();
-    struct desk desk = {take(loop->keys * sizeof(int32_t)), take(scratch_floats(loop->keys, loop->dim) * sizeof(float))};
-    if (desk.token && desk.scratch)
-        for (int64_t task; (task = atomic_fetch_add(&loop->next, 1)) < loop->tasks;) loop->body(loop->context, task, desk);
+    struct desk desk = {.group.token = take(loop->keys * sizeof(int32_t)),
+                        .next.token = take(loop->keys * sizeof(int32_t)),
+                        .scratch = take(scratch_floats(loop->keys, loop->dim) * sizeof(float))};
+    if (desk.group.token && desk.next.token && desk.scratch)
+        for (int64_t task; (task = atomic_fetch_add(&loop->next, loop->run)) < loop->tasks;) {
+            const int64_t end = smaller(task + loop->run, loop->tasks);
+            for (; task < end; task++) {
+                desk.more = task + 1 < end;
+                loop->body(loop->context, task, &desk);
+            }
+        }
     else
         loop->failed = 1;
-    free(desk.token);
+    free(desk.group.token);
+    free(desk.next.token);
     free(desk.scratch);
     restore_denormals(mode);
 }
 
 /* Runs body for every task. Returns 0, or -1 if there was not enough memory. */
 static int for_each(int64_t tasks, int64_t threads, int64_t keys, int64_t dim, void *context,
-                    void (*body)(void *, int64_t, struct desk)) {
+                    void (*body)(void *, int64_t, struct desk *)) {
     struct loop loop = {.body = body, .context = context, .tasks = tasks, .keys = keys, .dim = dim};
-    threads = smaller(threads, tasks);
+    threads = larger(smaller(threads, tasks), 1);
+    loop.run = larger(smaller(tasks / threads / 8, 8), 1); /* long enough to look ahead, short enough to share out */
     if (threads > 1 && run_team)
         run_team(work, &loop, (unsigned)threads, 0);
     else if (tasks)
         work(&loop);
     return loop.failed ? -1 : 0;
+}
+
+/* --- the heads of a group ----------------------------------------------------------------------------------------- */
+
+/* The tensors of either operator; those that a direction does not use are NULL. */
+struct maps {
+    int64_t batch, tokens, channels, heads;
+    const float *qkv, *grad_out; /* (batch, tokens, 3 channels), (batch, tokens, channels) */
+    float *out, *lse, *grad_qkv; /* ..., (batch, heads, tokens), like qkv */
+};
+
+/* What differs between the operators: see struct attention. Of head h is what lies h * step after the pointer. */
+struct extras {
+    float scale;
+    const float *bias;
+    float *grad_bias, *grad_fill;
+    const int64_t *bias_start;
+    int64_t bias_step, fill_step;
+    double *grad_scale; /* step 1 */
+};
+
+static void prefetch_rows(const float *x, int64_t floats, const int32_t *token, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+        for (int64_t f = 0; f < floats; f += 16) __builtin_prefetch(x + token[i] * floats + f, 0, 2);
+}
+
+/* Part h of all heads of what the next group will read and write: rows that lie anywhere in the map. */
+static void prefetch(const struct maps *m, const struct group *next, int64_t h) {
+    const int64_t c = m->channels, start = next->image * m->tokens;
+    const int64_t begin = next->keys * h / m->heads, end = next->keys * (h + 1) / m->heads;
+    prefetch_rows(m->qkv + start * 3 * c, 3 * c, next->token, begin, end);
+    prefetch_rows(m->out + start * c, c, next->token, begin, end);
+    prefetch_rows(m->lse + (next->image * m->heads + h) * m->tokens, 1, next->token, 0, next->queries);
+    if (!m->grad_out) return;
+    prefetch_rows(m->grad_out + start * c, c, next->token, begin, end);
+    prefetch_rows(m->grad_qkv + start * 3 * c, 3 * c, next->token, begin, end);
+}
+
+static void attend(const struct maps *m, const struct desk *desk, const struct extras *extras) {
+    const struct group *group = &desk->group;
+    const int64_t c = m->channels, dim = c / m->heads;
+    for (int64_t h = 0; h < m->heads; h++) {
+        if (desk->more) prefetch(m, &desk->next, h);
+        const int64_t at = group->image * m->tokens * 3 * c + h * dim, to = group->image * m->tokens * c + h * dim;
+        struct attention a = {.q = m->qkv + at, .k = m->qkv + at + c, .v = m->qkv + at + 2 * c, .qkv_stride = 3 * c,
+                              .token = group->token, .queries = group->queries, .keys = group->keys, .dim = dim,
+                              .scale = extras->scale, .bias_start = extras->bias_start, .out = m->out + to,
+                              .out_stride = c, .lse = m->lse + (group->image * m->heads + h) * m->tokens,
+                              .scratch = desk->scratch};
+        if (extras->bias) a.bias = extras->bias + h * extras->bias_step;
+        if (!m->grad_out) {
+            targets[current].kernels->forward(&a);
+            continue;
+        }
+        a.grad_out = m->grad_out + to;
+        a.grad_q = m->grad_qkv + at;
+        a.grad_k = m->grad_qkv + at + c;
+        a.grad_v = m->grad_qkv + at + 2 * c;
+        if (extras->grad_bias) a.grad_bias = extras->grad_bias + h * extras->bias_step;
+        if (extras->grad_fill) a.grad_fill = extras->grad_fill + h * extras->fill_step;
+        if (extras->grad_scale) a.grad_scale = extras->grad_scale + h;
+        targets[current].kernels->backward(&a);
+    }
 }
 
 /* --- window attention --------------------------------------------------------------------------------------------- */
@@ -165,10 +245,8 @@ struct shape {
 enum { SHAPES = 9 };
 
 struct windows {
-    int64_t batch, height, width, channels, heads, size, shift;
-    /* Pointers that a direction does not use are NULL. */
-    const float *qkv, *grad_out;
-    float *out, *lse, *grad_qkv;
+    struct maps maps;
+    int64_t height, width, size, shift;
     int64_t rows, columns; /* of the grid of rectangles */
     struct shape shape[SHAPES];
     int shapes;
@@ -210,12 +288,12 @@ static int add_shape(struct windows *w, int64_t height, int64_t width) {
     }
     s->floats = s->slots * (2 * height - 1) * width * LANES;
     s->offset = w->bias_floats;
-    w->bias_floats += w->heads * s->floats;
+    w->bias_floats += w->maps.heads * s->floats;
     return 0;
 }
 
 static int plan_windows(struct windows *w) {
-    if (!w->batch || !w->height || !w->width) return 0;
+    if (!w->maps.batch || !w->maps.tokens) return 0;
     w->rows = w->height / w->size + (w->shift > 0);
     w->columns = w->width / w->size + (w->shift > 0);
     int64_t kinds[2][3]; /* the first, the second and the last rectangle of a side have all lengths that there are */
@@ -249,6 +327,7 @@ static int64_t table_row(const struct windows *w, const struct shape *s, int64_t
 static void exchange_bias(const struct windows *w, const float *table, float *bias, double *grad_table) {
     for (int i = 0; i < w->shapes; i++) {
         const struct shape *s = &w->shape[i];
+        const int64_t heads = w->maps.heads;
         for (int64_t x = 0; x < s->width; x++)
             for (int64_t r = 0; s->slot[x] >= 0 && r < 2 * s->height - 1; r++)
                 for (int64_t kx = 0; kx < s->width; kx++)
@@ -256,67 +335,64 @@ static void exchange_bias(const struct windows *w, const float *table, float *bi
                         const int64_t row = table_row(w, s, x, r, kx, lane);
                         float *at = bias + s->offset +
                                     ((s->slot[x] * (2 * s->height - 1) + r) * s->width + kx) * LANES + lane;
-                        for (int64_t h = 0; h < w->heads; h++, at += s->floats)
+                        for (int64_t h = 0; h < heads; h++, at += s->floats)
                             if (table)
-                                *at = row < 0 ? 0 : table[row * w->heads + h] * (float)LOG2_E;
+                                *at = row < 0 ? 0 : table[row * heads + h] * (float)LOG2_E;
                             else if (row >= 0)
-                                grad_table[row * w->heads + h] += *at;
+                                grad_table[row * heads + h] += *at;
                     }
     }
 }
 
-static void attend_rectangle(const struct windows *w, int64_t number, int64_t chunk, struct desk desk) {
-    const int64_t tokens = w->height * w->width, c = w->channels, dim = c / w->heads;
-    const int64_t image = number / (w->rows * w->columns), place = number % (w->rows * w->columns);
+static int64_t rectangles(const struct windows *w) { return w->maps.batch * w->rows * w->columns; }
+
+/* Lists the tokens of a rectangle and returns its shape. */
+static const struct shape *list_rectangle(const struct windows *w, int64_t number, struct group *group) {
+    const int64_t place = number % (w->rows * w->columns);
     int64_t height, width;
     const int64_t top = cut(w, w->height, place / w->columns, &height);
     const int64_t left = cut(w, w->width, place % w->columns, &width);
-    const struct shape *s = find_shape(w, height, width);
+    group->image = number / (w->rows * w->columns);
+    group->queries = group->keys = height * width;
     for (int64_t y = 0; y < height; y++)
-        for (int64_t x = 0; x < width; x++) desk.token[y * width + x] = (int32_t)((top + y) * w->width + left + x);
-    for (int64_t h = 0; h < w->heads; h++) {
-        const int64_t at = image * tokens * 3 * c + h * dim, to = image * tokens * c + h * dim;
-        const int64_t bias = s->offset + h * s->floats;
-        struct attention a = {.q = w->qkv + at, .k = w->qkv + at + c, .v = w->qkv + at + 2 * c, .qkv_stride = 3 * c,
-                              .token = desk.token, .queries = height * width, .keys = height * width, .dim = dim,
-                              .scale = 1 / sqrtf((float)dim), .bias = w->bias + bias, .bias_start = s->start,
-                              .out = w->out + to, .out_stride = c, .lse = w->lse + (image * w->heads + h) * tokens,
-                              .scratch = desk.scratch};
-        if (!w->grad_out) {
-            targets[current].kernels->forward(&a);
-            continue;
-        }
-        a.grad_out = w->grad_out + to;
-        a.grad_q = w->grad_qkv + at;
-        a.grad_k = w->grad_qkv + at + c;
-        a.grad_v = w->grad_qkv + at + 2 * c;
-        a.grad_bias = w->grad_bias + chunk * w->bias_floats + bias;
-        targets[current].kernels->backward(&a);
-    }
+        for (int64_t x = 0; x < width; x++) group->token[y * width + x] = (int32_t)((top + y) * w->width + left + x);
+    return find_shape(w, height, width);
 }
 
-static void window_forward_task(void *context, int64_t task, struct desk desk) {
-    attend_rectangle(context, task, 0, desk);
+static void attend_rectangle(const struct windows *w, int64_t number, float *grad_bias, struct desk *desk) {
+    const struct shape *s = list_rectangle(w, number, &desk->group);
+    if (desk->more) list_rectangle(w, number + 1, &desk->next);
+    struct extras extras = {.scale = 1 / sqrtf((float)(w->maps.channels / w->maps.heads)),
+                            .bias = w->bias + s->offset, .bias_start = s->start, .bias_step = s->floats,
+                            .grad_bias = grad_bias ? grad_bias + s->offset : NULL};
+    attend(&w->maps, desk, &extras);
 }
 
-static void window_backward_task(void *context, int64_t chunk, struct desk desk) {
+static void window_forward_task(void *context, int64_t task, struct desk *desk) {
+    attend_rectangle(context, task, NULL, desk);
+}
+
+static void window_backward_task(void *context, int64_t chunk, struct desk *desk) {
     const struct windows *w = context;
-    const int64_t all = w->batch * w->rows * w->columns;
-    memset(w->grad_bias + chunk * w->bias_floats, 0, w->bias_floats * sizeof(float));
-    for (int64_t i = all * chunk / w->chunks; i < all * (chunk + 1) / w->chunks; i++)
-        attend_rectangle(w, i, chunk, desk);
+    const int64_t all = rectangles(w), end = all * (chunk + 1) / w->chunks;
+    float *grad_bias = w->grad_bias + chunk * w->bias_floats;
+    memset(grad_bias, 0, w->bias_floats * sizeof(float));
+    for (int64_t i = all * chunk / w->chunks; i < end; i++) {
+        desk->more = i + 1 < end;
+        attend_rectangle(w, i, grad_bias, desk);
+    }
 }
 
 /* qkv (batch, height, width, 3 channels), table ((2 size - 1)^2, heads) -> out (batch, height, width, channels), lse
  * (batch, heads, height, width). Returns 0, or -1 if there is not enough memory. */
 int ppsr_window_forward(const float *qkv, const float *table, float *out, float *lse, int64_t batch, int64_t height,
                         int64_t width, int64_t channels, int64_t heads, int64_t size, int64_t shift, int64_t threads) {
-    struct windows w = {.batch = batch, .height = height, .width = width, .channels = channels, .heads = heads,
-                        .size = size, .shift = shift, .qkv = qkv, .out = out, .lse = lse};
+    struct windows w = {.maps = {batch, height * width, channels, heads, .qkv = qkv, .out = out, .lse = lse},
+                        .height = height, .width = width, .size = size, .shift = shift};
     int failed = plan_windows(&w);
     if (!failed) {
         exchange_bias(&w, table, w.bias, NULL);
-        failed = for_each(batch * w.rows * w.columns, threads, size * size, channels / heads, &w, window_forward_task);
+        failed = for_each(rectangles(&w), threads, size * size, channels / heads, &w, window_forward_task);
     }
     free_windows(&w);
     return failed;
@@ -327,14 +403,14 @@ int ppsr_window_backward(const float *grad_out, const float *qkv, const float *o
                          const float *table, float *grad_qkv, double *grad_table, int64_t batch, int64_t height,
                          int64_t width, int64_t channels, int64_t heads, int64_t size, int64_t shift,
                          int64_t threads) {
-    struct windows w = {.batch = batch, .height = height, .width = width, .channels = channels, .heads = heads,
-                        .size = size, .shift = shift, .qkv = qkv, .grad_out = grad_out, .out = (float *)out,
-                        .lse = (float *)lse, .grad_qkv = grad_qkv};
+    struct windows w = {.maps = {batch, height * width, channels, heads, .qkv = qkv, .grad_out = grad_out,
+                                 .out = (float *)out, .lse = (float *)lse, .grad_qkv = grad_qkv},
+                        .height = height, .width = width, .size = size, .shift = shift};
     memset(grad_table, 0, (2 * size - 1) * (2 * size - 1) * heads * sizeof(double));
     int failed = plan_windows(&w);
     if (!failed) {
         /* at least 8, so that up to 8 threads give the very same sums */
-        w.chunks = smaller(larger(threads, 8), batch * w.rows * w.columns);
+        w.chunks = smaller(larger(threads, 8), rectangles(&w));
         w.grad_bias = take(w.chunks * w.bias_floats * sizeof(float));
         failed = w.grad_bias ? 0 : -1;
     }
@@ -381,10 +457,9 @@ static int64_t sort_tokens(int64_t n, const int64_t *category, const uint8_t *pu
 }
 
 struct categories {
-    int64_t batch, tokens, channels, heads, size, keep;
+    struct maps maps;
+    int64_t size, keep;
     float scale;
-    const float *qkv, *grad_out; /* the latter in the backward alone */
-    float *out, *lse, *grad_qkv;
     const int64_t *category; /* this one and the next in the forward alone */
     const uint8_t *pure;
     int32_t *order, *counts;
@@ -401,69 +476,65 @@ static int64_t group_count(const struct categories *c, int64_t image) {
 }
 
 /* Order of the tokens of an image, and what its pure tokens get; counts is -1 if there was not enough memory. */
-static void sort_task(void *context, int64_t image, struct desk desk) {
+static void sort_task(void *context, int64_t image, struct desk *desk) {
     (void)desk;
     const struct categories *c = context;
-    const int64_t n = c->tokens, start = image * n, channels = c->channels;
+    const struct maps *m = &c->maps;
+    const int64_t n = m->tokens, start = image * n, channels = m->channels;
     const uint8_t *pure = c->pure ? c->pure + start : NULL;
     const int64_t active = sort_tokens(n, c->category + start, pure, c->order + start);
     c->counts[image] = (int32_t)active;
     for (int64_t t = 0; pure && t < n; t++) {
         if (!pure[t]) continue;
-        float *row = c->out + (start + t) * channels;
+        float *row = m->out + (start + t) * channels;
         if (c->keep)
-            memcpy(row, c->qkv + (start + t) * 3 * channels + 2 * channels, channels * sizeof(float));
+            memcpy(row, m->qkv + (start + t) * 3 * channels + 2 * channels, channels * sizeof(float));
         else
             memset(row, 0, channels * sizeof(float));
-        for (int64_t h = 0; h < c->heads; h++) c->lse[(image * c->heads + h) * n + t] = 0;
+        for (int64_t h = 0; h < m->heads; h++) m->lse[(image * m->heads + h) * n + t] = 0;
     }
 }
 
-static void group_task(void *context, int64_t task, struct desk desk) {
-    const struct categories *c = context;
+/* Lists the tokens of a group, those that fill it up at the end. */
+static void list_group(const struct categories *c, int64_t number, struct group *group) {
     int64_t image = 0;
-    while (c->first_group[image + 1] <= task) image++;
-    const int64_t n = c->counts[image], g = group_size(c, image), first = (task - c->first_group[image]) * g;
-    const int64_t channels = c->channels, dim = channels / c->heads;
-    const int32_t *order = c->order + image * c->tokens;
-    for (int64_t i = first; i < first + g; i++) desk.token[i - first] = order[i < n ? i : 2 * n - 1 - i];
-    for (int64_t h = 0; h < c->heads; h++) {
-        const int64_t at = image * c->tokens * 3 * channels + h * dim, to = image * c->tokens * channels + h * dim;
-        struct attention a = {.q = c->qkv + at, .k = c->qkv + at + channels, .v = c->qkv + at + 2 * channels,
-                              .qkv_stride = 3 * channels, .token = desk.token, .queries = smaller(g, n - first),
-                              .keys = g, .dim = dim, .scale = c->scale, .out = c->out + to, .out_stride = channels,
-                              .lse = c->lse + (image * c->heads + h) * c->tokens, .scratch = desk.scratch};
-        if (!c->grad_out) {
-            targets[current].kernels->forward(&a);
-            continue;
-        }
-        a.grad_out = c->grad_out + to;
-        a.grad_q = c->grad_qkv + at;
-        a.grad_k = c->grad_qkv + at + channels;
-        a.grad_v = c->grad_qkv + at + 2 * channels;
-        a.grad_fill = c->grad_fill + (image * c->heads + h) * c->size * 2 * dim;
-        a.grad_scale = c->grad_scale + task * c->heads + h;
-        targets[current].kernels->backward(&a);
-    }
+    while (c->first_group[image + 1] <= number) image++;
+    const int64_t n = c->counts[image], g = group_size(c, image), first = (number - c->first_group[image]) * g;
+    const int32_t *order = c->order + image * c->maps.tokens;
+    for (int64_t i = first; i < first + g; i++) group->token[i - first] = order[i < n ? i : 2 * n - 1 - i];
+    group->image = image;
+    group->queries = smaller(g, n - first);
+    group->keys = g;
+}
+
+static void group_task(void *context, int64_t task, struct desk *desk) {
+    const struct categories *c = context;
+    const int64_t fill_step = c->size * 2 * (c->maps.channels / c->maps.heads);
+    list_group(c, task, &desk->group);
+    if (desk->more) list_group(c, task + 1, &desk->next);
+    struct extras extras = {.scale = c->scale, .fill_step = fill_step};
+    if (c->grad_fill) extras.grad_fill = c->grad_fill + desk->group.image * c->maps.heads * fill_step;
+    if (c->grad_scale) extras.grad_scale = c->grad_scale + task * c->maps.heads;
+    attend(&c->maps, desk, &extras);
 }
 
 /* The groups of all images, both directions. Returns 0, or -1 if there is not enough memory. */
 static int attend_groups(struct categories *c, int64_t threads) {
     int64_t most = 0;
-    c->first_group = take((c->batch + 1) * sizeof(int64_t));
+    c->first_group = take((c->maps.batch + 1) * sizeof(int64_t));
     if (!c->first_group) return -1;
     c->first_group[0] = 0;
-    for (int64_t b = 0; b < c->batch; b++) {
+    for (int64_t b = 0; b < c->maps.batch; b++) {
         c->first_group[b + 1] = c->first_group[b] + group_count(c, b);
         most = larger(most, group_size(c, b));
     }
-    const int64_t groups = c->first_group[c->batch];
-    if (c->grad_out) {
-        c->grad_scale = take(groups * c->heads * sizeof(double));
-        c->grad_fill = take(c->batch * c->size * 2 * c->channels * sizeof(float));
+    const int64_t groups = c->first_group[c->maps.batch];
+    if (c->maps.grad_out) {
+        c->grad_scale = take(groups * c->maps.heads * sizeof(double));
+        c->grad_fill = take(c->maps.batch * c->size * 2 * c->maps.channels * sizeof(float));
         if (!c->grad_scale || !c->grad_fill) return -1;
     }
-    return for_each(groups, threads, most, c->channels / c->heads, c, group_task);
+    return for_each(groups, threads, most, c->maps.channels / c->maps.heads, c, group_task);
 }
 
 static void free_categories(struct categories *c) {
@@ -478,9 +549,9 @@ static void free_categories(struct categories *c) {
 int ppsr_category_forward(const float *qkv, const int64_t *category, const uint8_t *pure, float scale, float *out,
                           float *lse, int32_t *order, int32_t *counts, int64_t batch, int64_t tokens, int64_t channels,
                           int64_t heads, int64_t size, int64_t keep, int64_t threads) {
-    struct categories c = {.batch = batch, .tokens = tokens, .channels = channels, .heads = heads, .size = size,
-                           .keep = keep, .scale = scale, .qkv = qkv, .out = out, .lse = lse, .category = category,
-                           .pure = pure, .order = order, .counts = counts};
+    struct categories c = {.maps = {batch, tokens, channels, heads, .qkv = qkv, .out = out, .lse = lse},
+                           .size = size, .keep = keep, .scale = scale, .category = category, .pure = pure,
+                           .order = order, .counts = counts};
     int failed = for_each(batch, threads, 0, 0, &c, sort_task);
     for (int64_t b = 0; b < batch && !failed; b++)
         if (counts[b] < 0) failed = -1;
@@ -491,21 +562,21 @@ int ppsr_category_forward(const float *qkv, const int64_t *category, const uint8
 
 /* The rows that no group has written, and the second share of those that fill up a group. */
 static void finish_gradients(const struct categories *c) {
-    const int64_t channels = c->channels, dim = channels / c->heads;
-    for (int64_t b = 0; b < c->batch; b++) {
+    const int64_t channels = c->maps.channels, dim = channels / c->maps.heads;
+    for (int64_t b = 0; b < c->maps.batch; b++) {
         const int64_t n = c->counts[b], fill = group_count(c, b) * group_size(c, b) - n;
-        for (int64_t i = n; i < c->tokens; i++) { /* pure */
-            const int64_t t = b * c->tokens + c->order[b * c->tokens + i];
-            memset(c->grad_qkv + t * 3 * channels, 0, 3 * channels * sizeof(float));
+        for (int64_t i = n; i < c->maps.tokens; i++) { /* pure */
+            const int64_t t = b * c->maps.tokens + c->order[b * c->maps.tokens + i];
+            memset(c->maps.grad_qkv + t * 3 * channels, 0, 3 * channels * sizeof(float));
             if (c->keep)
-                memcpy(c->grad_qkv + t * 3 * channels + 2 * channels, c->grad_out + t * channels,
+                memcpy(c->maps.grad_qkv + t * 3 * channels + 2 * channels, c->maps.grad_out + t * channels,
                        channels * sizeof(float));
         }
         for (int64_t i = 0; i < fill; i++)
-            for (int64_t h = 0; h < c->heads; h++) {
-                const float *grad = c->grad_fill + ((b * c->heads + h) * c->size + i) * 2 * dim;
-                const int64_t t = b * c->tokens + c->order[b * c->tokens + n - 1 - i];
-                float *row = c->grad_qkv + t * 3 * channels + h * dim;
+            for (int64_t h = 0; h < c->maps.heads; h++) {
+                const float *grad = c->grad_fill + ((b * c->maps.heads + h) * c->size + i) * 2 * dim;
+                const int64_t t = b * c->maps.tokens + c->order[b * c->maps.tokens + n - 1 - i];
+                float *row = c->maps.grad_qkv + t * 3 * channels + h * dim;
                 for (int64_t d = 0; d < dim; d++) {
                     row[channels + d] += grad[d];
                     row[2 * channels + d] += grad[dim + d];
@@ -519,10 +590,10 @@ int ppsr_category_backward(const float *grad_out, const float *qkv, const float 
                            const int32_t *order, const int32_t *counts, float scale, float *grad_qkv,
                            double *grad_scale, int64_t batch, int64_t tokens, int64_t channels, int64_t heads,
                            int64_t size, int64_t keep, int64_t threads) {
-    struct categories c = {.batch = batch, .tokens = tokens, .channels = channels, .heads = heads,
-                           .size = smaller(size, tokens), .keep = keep, .scale = scale, .qkv = qkv,
-                           .grad_out = grad_out, .out = (float *)out, .lse = (float *)lse, .grad_qkv = grad_qkv,
-                           .order = (int32_t *)order, .counts = (int32_t *)counts};
+    struct categories c = {.maps = {batch, tokens, channels, heads, .qkv = qkv, .grad_out = grad_out,
+                                    .out = (float *)out, .lse = (float *)lse, .grad_qkv = grad_qkv},
+                           .size = smaller(size, tokens), .keep = keep, .scale = scale, .order = (int32_t *)order,
+                           .counts = (int32_t *)counts};
     const int failed = attend_groups(&c, threads);
     *grad_scale = 0;
     if (!failed) {

@@ -24,25 +24,18 @@
 INLINE void product_block(int rows, int64_t depth, const float *a, const float *b, int64_t row_step, int64_t depth_step,
                           const float *start, float *c) {
     vf sum[BLOCK][NV];
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 16
-        for (int v = 0; v < NV; v++) sum[i][v] = start ? load(start + i * LANES + v * VL) : splat(0);
+    EACH(i, rows)
+        EACH(v, NV) sum[i][v] = start ? load(start + i * LANES + v * VL) : splat(0);
     for (int64_t k = 0; k < depth; k++) {
         vf x[NV];
-#pragma GCC unroll 16
-        for (int v = 0; v < NV; v++) x[v] = load(a + k * LANES + v * VL);
-#pragma GCC unroll 16
-        for (int i = 0; i < rows; i++) {
+        EACH(v, NV) x[v] = load(a + k * LANES + v * VL);
+        EACH(i, rows) {
             float y = b[i * row_step + k * depth_step];
-#pragma GCC unroll 16
-            for (int v = 0; v < NV; v++) sum[i][v] += x[v] * y;
+            EACH(v, NV) sum[i][v] += x[v] * y;
         }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 16
-        for (int v = 0; v < NV; v++) store(c + i * LANES + v * VL, sum[i][v]);
+    EACH(i, rows)
+        EACH(v, NV) store(c + i * LANES + v * VL, sum[i][v]);
 }
 
 /* The same for any number of rows. */
@@ -52,19 +45,24 @@ INLINE void product(int64_t rows, int64_t depth, const float *a, const float *b,
     for (; i + BLOCK <= rows; i += BLOCK)
         product_block(BLOCK, depth, a, b + i * row_step, row_step, depth_step, start ? start + i * LANES : NULL,
                       c + i * LANES);
-    for (; i < rows; i++)
-        product_block(1, depth, a, b + i * row_step, row_step, depth_step, start ? start + i * LANES : NULL,
-                      c + i * LANES);
+    /* the rest in powers of two, to keep several accumulators going */
+#pragma GCC unroll 4
+    for (int step = 8; step; step /= 2)
+        if (step < BLOCK && rows - i >= step) {
+            product_block(step, depth, a, b + i * row_step, row_step, depth_step, start ? start + i * LANES : NULL,
+                          c + i * LANES);
+            i += step;
+        }
 }
 
 /* Copies rows of a head side by side. */
-static void pack(int64_t n, int64_t dim, const float *x, int64_t stride, const int32_t *token, float *packed) {
+INLINE void pack(int64_t n, int64_t dim, const float *x, int64_t stride, const int32_t *token, float *packed) {
     for (int64_t j = 0; j < n; j++)
         for (int64_t i = 0; i < dim; i++) packed[j * dim + i] = x[token[j] * stride + i];
 }
 
 /* Up to 16 rows of a head -> (dim, 16), times scale; lanes without a row hold zeros. */
-static void load_lanes(int64_t n, int64_t dim, const float *x, int64_t stride, const int32_t *token, float scale,
+INLINE void load_lanes(int64_t n, int64_t dim, const float *x, int64_t stride, const int32_t *token, float scale,
                        float *lanes) {
     if (n < LANES) memset(lanes, 0, dim * LANES * sizeof(float));
     for (int64_t l = 0; l < n; l++)
@@ -72,15 +70,25 @@ static void load_lanes(int64_t n, int64_t dim, const float *x, int64_t stride, c
 }
 
 /* Up to 16 rows of a head -> (dim / 16, 16 rows, 16 channels), filled up with zeros. */
-static void load_rows(int64_t n, int64_t dim, const float *x, int64_t stride, const int32_t *token, float *rows) {
+INLINE void load_rows(int64_t n, int64_t dim, const float *x, int64_t stride, const int32_t *token, float *rows) {
     memset(rows, 0, padded(dim, LANES) * LANES * sizeof(float));
     for (int64_t l = 0; l < n; l++)
         for (int64_t i = 0; i < dim; i++)
             rows[((i / LANES) * LANES + l) * LANES + i % LANES] = x[token[l] * stride + i];
 }
 
-static void forward(const struct attention *a) {
-    const int64_t dim = a->dim, keys = a->keys;
+/* `count` vectors of logits -> exponentials relative to the peaks, which are added to the sums. */
+INLINE void exponentials(int count, float *logits, const vf *peak, vf *sum) {
+    vf x[IN_STEP];
+    EACH(i, count) x[i] = load(logits + i * VL) - peak[i % NV];
+    exp2_in_step(count, x);
+    EACH(i, count) store(logits + i * VL, x[i]);
+    EACH(i, count - NV) x[i + NV] += x[i]; /* pairs first: a shorter chain through the sums */
+    EACH(v, NV) sum[v] += x[count - NV + v];
+}
+
+INLINE void forward_of(const struct attention *a, const int64_t dim) {
+    const int64_t keys = a->keys;
     float *k = a->scratch, *v = k + padded(keys * dim, LANES), *logits = v + padded(keys * dim, LANES);
     float *q = logits + keys * LANES, *out = q + dim * LANES;
     pack(keys, dim, a->k, a->qkv_stride, a->token, k);
@@ -95,30 +103,41 @@ static void forward(const struct attention *a) {
             product(keys, dim, q, k, dim, 1, NULL, logits);
 
         vf peak[NV], sum[NV];
-        for (int i = 0; i < NV; i++) peak[i] = splat(-INFINITY), sum[i] = splat(0);
-        for (int64_t j = 0; j < keys; j++)
-            for (int i = 0; i < NV; i++) peak[i] = vmax(load(logits + j * LANES + i * VL), peak[i]);
-        for (int64_t j = 0; j < keys; j++)
-            for (int i = 0; i < NV; i++) {
-                vf p = exp2v(load(logits + j * LANES + i * VL) - peak[i]);
-                store(logits + j * LANES + i * VL, p);
-                sum[i] += p;
-            }
+        EACH(v, NV) peak[v] = splat(-INFINITY), sum[v] = splat(0);
+        for (int64_t j = 0; j < keys; j++) EACH(v, NV) peak[v] = vmax(load(logits + j * LANES + v * VL), peak[v]);
+        int64_t j = 0;
+        for (; j + IN_STEP / NV <= keys; j += IN_STEP / NV) exponentials(IN_STEP, logits + j * LANES, peak, sum);
+        for (; j < keys; j++) exponentials(NV, logits + j * LANES, peak, sum);
         product(dim, keys, logits, v, 1, dim, NULL, out);
 
-        float peaks[LANES] __attribute__((aligned(64))), sums[LANES] __attribute__((aligned(64)));
-        for (int i = 0; i < NV; i++) store(peaks + i * VL, peak[i]), store(sums + i * VL, sum[i]);
+        float lse[LANES] __attribute__((aligned(64)));
+        EACH(v, NV) {
+            store(lse + v * VL, (peak[v] + log2v(sum[v])) * (float)(1 / LOG2_E));
+            sum[v] = 1.0f / sum[v];
+        }
+        for (int64_t i = 0; i < dim * LANES; i += LANES)
+            EACH(v, NV) store(out + i + v * VL, load(out + i + v * VL) * sum[v]);
         for (int64_t l = 0; l < n; l++) {
-            const float share = 1.0f / sums[l];
             float *row = a->out + token[l] * a->out_stride;
-            for (int64_t i = 0; i < dim; i++) row[i] = out[i * LANES + l] * share;
-            a->lse[token[l]] = peaks[l] * (float)(1 / LOG2_E) + logf(sums[l]);
+            for (int64_t i = 0; i < dim; i++) row[i] = out[i * LANES + l];
+            a->lse[token[l]] = lse[l];
         }
     }
 }
 
-static void backward(const struct attention *a) {
-    const int64_t dim = a->dim, keys = a->keys, panels = padded(dim, LANES) / LANES, panel = keys * LANES;
+/* `count` vectors of logits p -> probabilities, of their gradients ds -> gradients of the logits, added to the sums. */
+INLINE void slopes(int count, float *p, float *ds, const float *lse, const float *delta, float *sums) {
+    vf x[IN_STEP];
+    EACH(i, count) x[i] = load(p + i * VL) - load(lse + i % NV * VL);
+    exp2_in_step(count, x);
+    EACH(i, count) store(p + i * VL, x[i]);
+    EACH(i, count) x[i] *= load(ds + i * VL) - load(delta + i % NV * VL);
+    EACH(i, count) store(ds + i * VL, x[i]);
+    if (sums) EACH(i, count) store(sums + i * VL, load(sums + i * VL) + x[i]);
+}
+
+INLINE void backward_of(const struct attention *a, const int64_t dim) {
+    const int64_t keys = a->keys, panels = padded(dim, LANES) / LANES, panel = keys * LANES;
     const int64_t rows = panels * LANES * LANES;
     float *k = a->scratch, *v = k + padded(keys * dim, LANES), *p = v + padded(keys * dim, LANES);
     float *ds = p + TILE * LANES; /* gradient of the logits */
@@ -155,14 +174,11 @@ static void backward(const struct attention *a) {
             else
                 product(m, dim, q, k + j * dim, dim, 1, NULL, p);
             product(m, dim, dout, v + j * dim, dim, 1, NULL, ds);
-            for (int64_t i = 0; i < m * LANES; i += LANES)
-                for (int x = 0; x < LANES; x += VL) {
-                    vf share = exp2v(load(p + i + x) - load(lse + x));
-                    vf slope = share * (load(ds + i + x) - load(delta + x));
-                    store(p + i + x, share);
-                    store(ds + i + x, slope);
-                    if (grad_bias) store(grad_bias + j * LANES + i + x, load(grad_bias + j * LANES + i + x) + slope);
-                }
+            float *sums = grad_bias ? grad_bias + j * LANES : NULL;
+            int64_t i = 0;
+            for (; i + IN_STEP / NV <= m; i += IN_STEP / NV)
+                slopes(IN_STEP, p + i * LANES, ds + i * LANES, lse, delta, sums ? sums + i * LANES : NULL);
+            for (; i < m; i++) slopes(NV, p + i * LANES, ds + i * LANES, lse, delta, sums ? sums + i * LANES : NULL);
             product(dim, m, ds, k + j * dim, 1, dim, dq, dq);
             for (int64_t c = 0; c < panels; c++) {
                 float *dk_tile = dk + c * panel + j * LANES, *dv_tile = dv + c * panel + j * LANES;
@@ -190,6 +206,21 @@ static void backward(const struct attention *a) {
         }
     }
     if (a->grad_scale) *a->grad_scale = grad_scale;
+}
+
+/* The head dim of ATD-light gets code of its own, where it is a constant: no loops over it, no address arithmetic. */
+static void forward(const struct attention *a) {
+    if (a->dim == 12)
+        forward_of(a, 12);
+    else
+        forward_of(a, a->dim);
+}
+
+static void backward(const struct attention *a) {
+    if (a->dim == 12)
+        backward_of(a, 12);
+    else
+        backward_of(a, a->dim);
 }
 
 static void exp2_array(const float *x, float *y, int64_t n) {

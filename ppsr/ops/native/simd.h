@@ -35,7 +35,11 @@
 typedef float vf __attribute__((vector_size(VL * 4), may_alias));
 typedef int32_t vi __attribute__((vector_size(VL * 4), may_alias));
 
+#define IN_STEP 4 /* vectors whose exponentials are worked on in step */
+
 #define INLINE static inline __attribute__((always_inline))
+/* A loop that is unrolled whole, so that arrays indexed by i become registers. */
+#define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
 
 INLINE vf load(const float *p) { return *(const vf *)p; }
 INLINE void store(float *p, vf x) { *(vf *)p = x; }
@@ -60,21 +64,34 @@ INLINE vf vmax(vf floor, vf x) {
 /* 2^x for x <= 127, within 2 ulp; exactly 0 for x <= -127, NaN for NaN.
  *
  * Adding 1.5 * 2^23 rounds x to an integer n, held in the low bits of the sum; the 127 added with it makes them the
- * exponent field of 2^n. 2^(x - n) is a polynomial of degree 6 on [-1/2, 1/2] (minimax, relative error 2e-9). The last
- * step is a product and not an addition to the exponent, since a NaN has to survive it. */
-INLINE vf exp2v(vf x) {
+ * exponent field of 2^n. 2^(x - n) is a polynomial of degree 5 on [-1/2, 1/2], minimax in units of the last place of the
+ * result (1.05; 1.8 with the rounding of its evaluation). The last step is a product and not an addition to the exponent, since a NaN has to survive it.
+ *
+ * It takes `count` vectors in step: one alone is a chain of dependent operations, longer than the scheduler of a
+ * processor looks ahead. */
+INLINE void exp2_in_step(int count, vf *x) {
+    static const float coefficients[] = {9.671804495155811e-3f, 5.550892651081085e-2f, 0.24022236466407776f,
+                                         0.693146824836731f, 1.0f};
     const float magic = 12582912.0f + 127.0f;
-    x = vmax(splat(-127.0f), x);
-    vf shifted = x + magic;
-    vf r = x - (shifted - magic);
-    vf power = (vf)((vi)shifted << 23);
-    vf y = r * 1.535335322842002e-4f + 1.3398902956396341e-3f;
-    y = y * r + 9.618437848985195e-3f;
-    y = y * r + 5.5503323674201965e-2f;
-    y = y * r + 0.24022647738456726f;
-    y = y * r + 0.6931471824645996f;
-    y = y * r + 1.0f;
-    return y * power;
+    vf shifted[IN_STEP], y[IN_STEP];
+    EACH(i, count) x[i] = vmax(splat(-127.0f), x[i]);
+    EACH(i, count) shifted[i] = x[i] + magic;
+    EACH(i, count) x[i] -= shifted[i] - magic;
+    EACH(i, count) y[i] = x[i] * 1.3225695583969355e-3f + coefficients[0];
+    EACH(c, 4) EACH(i, count) y[i] = y[i] * x[i] + coefficients[c + 1];
+    EACH(i, count) x[i] = y[i] * (vf)((vi)shifted[i] << 23);
+}
+
+INLINE vf exp2v(vf x) {
+    exp2_in_step(1, &x);
+    return x;
+}
+
+/* log2 of x >= 1, to 2e-7: the bits of a float are nearly its logarithm; three Newton steps on 2^y = x do the rest. */
+INLINE vf log2v(vf x) {
+    vf y = __builtin_convertvector((vi)x - 0x3f800000, vf) * 0x1p-23f;
+    for (int i = 0; i < 3; i++) y += (x * exp2v(-y) - 1.0f) * 1.44269504f;
+    return y;
 }
 
 #endif
