@@ -82,7 +82,10 @@ class TrainBatches:
 
 
 class EpochSampler(Sampler):
-    """(index, seed) of each sample of this process in the current epoch, as basicsr's EnlargedSampler deals them out.
+    """(index, seed) of each sample of this process in the current epoch.
+
+    Dealt out as basicsr's EnlargedSampler does, but for what does not go into the number of processes: it is left out
+    instead of filled up, so that the order is the same for any number.
 
     Attributes:
         epoch: selects the permutation and the seeds.
@@ -91,16 +94,17 @@ class EpochSampler(Sampler):
 
     def __init__(self, length: int, ratio: float, seed: int, rank: int, world_size: int):
         self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
-        self.num_samples = math.ceil(length * ratio / world_size)
+        self.total = math.ceil(length * ratio)
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
-        return self.num_samples  # of a whole epoch: the loader's length must not depend on where it starts
+        return self.total // self.world_size  # of a whole epoch: the loader's length must not depend on where it starts
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(_seed(self.seed, self.epoch))
-        order = torch.randperm(self.num_samples * self.world_size, generator=generator)
-        for position in range(self.rank + self.start * self.world_size, len(order), self.world_size):
+        order = torch.randperm(self.total, generator=generator)
+        for number in range(self.start, len(self)):
+            position = number * self.world_size + self.rank
             yield int(order[position]) % self.length, _seed(self.seed, self.epoch, position)
 
 

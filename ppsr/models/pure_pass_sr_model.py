@@ -77,7 +77,7 @@ class PurePassSRModel(SRModel):
         net = net.to(self.device)
         if self.opt['dist']:
             unused = self.opt.get('find_unused_parameters', False)
-            # a convolution's gradient may come in another memory layout than its weights: a small copy, no cause to warn
+            # a convolution's gradient may come in another memory layout than its weights: a small copy, no harm done
             warnings.filterwarnings('ignore', message='Grad strides do not match bucket view strides')
             devices = [torch.cuda.current_device()] if self.device.type == 'cuda' else None  # None: CPU with gloo
             return DistributedDataParallel(net, device_ids=devices, find_unused_parameters=unused)
