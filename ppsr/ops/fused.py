@@ -57,11 +57,11 @@ def attention_in_parts(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | float, b
     return out, lse
 
 
-def _channels_first(x: Tensor, last: Tensor | float, factor: Tensor | float = 1.0) -> Tensor:
-    """(w, h, s, d) -> contiguous (w·h, d + 1, s): x times `factor`, and `last` (w, h, s) as one channel more."""
+def _channels_first(x: Tensor, last: Tensor | float) -> Tensor:
+    """(w, h, s, d) -> contiguous (w·h, d + 1, s): x, and `last` (w, h, s) as one channel more."""
     w, h, s, d = x.shape
     y = torch.empty(w, h, d + 1, s, dtype=wide(x.dtype), device=x.device)
-    torch.mul(x.mT, factor, out=y[:, :, :d])
+    y[:, :, :d] = x.mT
     y[:, :, d] = last
     return y.flatten(0, 1)
 
@@ -84,11 +84,11 @@ def attention_backward(
     """
     w, h, r, d = q.shape
     s = k.shape[2]
-    q1 = _channels_first(q, -lse, scale)
+    q1 = _channels_first(q, -lse)
     k1 = _channels_first(k, 1.0)
     do1 = _channels_first(grad_out, -(grad_out.to(lse.dtype) * out).sum(-1))
     v1 = _channels_first(v, 1.0)
-    q, k, grad_out = q1[:, :d], k1[:, :d], do1[:, :d]
+    q, k, grad_out = q1[:, :d].mul_(scale), k1[:, :d], do1[:, :d]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
 
     at_once = min(w, buffers.shape[1] // (h * r * s)) * h
