@@ -182,6 +182,8 @@ def check_pair_sizes(
 
 
 def _images_by_stem(folder: str) -> dict[str, str]:
+    if not os.path.exists(folder):
+        raise DataError(f'Folder {folder} does not exist: make the data set with "ppsr prepare", or correct the path.')
     by_stem: dict[str, str] = {}
     for name in list_images(folder):
         stem = os.path.splitext(name)[0]
