@@ -11,7 +11,8 @@ from ppsr.cli import main
 from ppsr.errors import UserError
 from ppsr.options import load_options, network_arguments, read_yaml
 
-SHIPPED = sorted((REPOSITORY / 'options').rglob('*.yml'))
+# study.yml describes several trainings and is read by `ppsr study`
+SHIPPED = sorted(path for path in (REPOSITORY / 'options').rglob('*.yml') if path.name != 'study.yml')
 
 
 def is_training(path: Path) -> bool:
@@ -205,7 +206,9 @@ def test_the_command_line_says_one_sentence_and_exits_with_2(tmp_path, options, 
     monkeypatch.setenv('PPSR_NO_TUNING', '1')
     monkeypatch.chdir(tmp_path)
     options['datasets'] = {'train': options['datasets']['train'], 'val': options['datasets']['val']}
-    options['datasets']['train' if command == 'train' else 'val']['dataroot_gt'] = 'no/such/folder'
+    options['datasets']['train' if command == 'train' else 'val'].update(
+        dataroot_gt='no/such/folder', dataroot_lq='no/such/folder'
+    )
     force = ['--force_yml', 'datasets:train=~'] if command == 'test' else []
     assert main([command, '-opt', str(write(tmp_path, options)), *force]) == 2
     error = capsys.readouterr().err

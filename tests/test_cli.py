@@ -1,0 +1,70 @@
+"""The command line's frame, `ppsr doctor`, and what the process sets up for itself."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from ppsr.cli import COMMANDS, main
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as e:
+        main([command, '--help'])
+    assert e.value.code == 0
+    assert f'ppsr {command}' in capsys.readouterr().out
+    module = importlib.import_module(f'ppsr.cli.{command}')
+    assert callable(module.configure) and callable(module.run)
+
+
+@pytest.mark.parametrize('argv', [[], ['uspcale'], ['train'], ['train', '-opt'], ['doctor', '--loud']], ids=str)
+def test_wrong_words_exit_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(argv)
+    assert e.value.code == 2
+    assert 'ppsr' in capsys.readouterr().err
+
+
+def test_doctor_finds_this_installation_well(capsys, monkeypatch):
+    monkeypatch.setenv('PPSR_NO_TUNING', '1')
+    assert main(['doctor']) == 0
+    text = capsys.readouterr().out
+    for word in (
+        'torch ',
+        'basicsr',
+        '1.4.2',
+        'reference',
+        'native',
+        'triton',
+        'functional_tensor',
+        'PPATDLight_x4_cpu',
+    ):
+        assert word in text, word
+    assert text.endswith('All well.\n')
+
+
+def test_doctor_reports_an_import_that_fails(capsys, monkeypatch):
+    monkeypatch.setenv('PPSR_NO_TUNING', '1')
+    monkeypatch.setitem(sys.modules, 'basicsr.models', None)
+    assert main(['doctor']) == 1
+    assert 'IMPORT FAILS' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('off', ['', '1'], ids=['tuned', 'switched off'])
+def test_the_command_line_tunes_its_process_and_only_that(off):
+    code = """
+import torch, ppsr.runtime
+done = ppsr.runtime.tune_process()
+print(len(done), float(torch.tensor([1e-40]) * 1.0) == 0.0)
+"""
+    env = os.environ | {'PPSR_NO_TUNING': off, 'PYTHONPATH': str(REPOSITORY)}
+    result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=120)
+    count, flushed = result.stdout.split()
+    if off:
+        assert (count, flushed) == ('0', 'False')
+    else:
+        assert int(count) >= 1 and flushed == 'True'
