@@ -157,10 +157,10 @@ def _find(inputs: Iterable[str], output: str, recursive: bool) -> list[tuple[str
             if not pictures and len(paths) == 1:
                 below = '' if recursive else ' (its subfolders are searched with --recursive)'
                 raise UserError(f'{path} has no pictures{below}.')
-            inside = _real(output) + os.sep
+            # an output folder inside of the input folder is not an input
+            inner = _real(output) + os.sep if _real(output).startswith(_real(path) + os.sep) else None
             for file in pictures:
-                # an output folder inside of the input folder is not an input
-                if inside.startswith(_real(path) + os.sep) and _real(file).startswith(inside):
+                if inner and _real(file).startswith(inner):
                     continue
                 found.setdefault(_real(file), (file, file.relative_to(path), True))
     if not found:

@@ -42,7 +42,7 @@ def tiny(arch, seed: int = 0):
     return arch(**TINY).eval()
 
 
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 2), st.integers(0, 11), st.integers(1, 30), st.data())
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2), st.integers(0, 11), st.integers(8, 30), st.data())
 def test_a_local_network_is_reproduced_exactly(height, width, radius, more, tile_more, data):
     overlap = 4 * radius + more
     tile = overlap + tile_more
@@ -56,8 +56,8 @@ def test_a_local_network_is_reproduced_exactly(height, width, radius, more, tile
     assert totals.macs == totals.dense_macs == 0 and totals.mask is None and totals.pure_share == 0
 
 
-@pytest.mark.parametrize('size', [(1, 1), (1, 50), (50, 1), (3, 200), (16, 16), (17, 33)], ids=str)
-@pytest.mark.parametrize('tile, overlap', [(16, 0), (16, 5), (17, 16), (13, 7), (64, 32)])
+@pytest.mark.parametrize('size', [(1, 1), (1, 50), (50, 1), (3, 90), (16, 16), (17, 33)], ids=str)
+@pytest.mark.parametrize('tile, overlap', [(16, 0), (16, 5), (17, 12), (13, 7), (64, 32)])
 def test_extreme_sizes_and_odd_overlaps(size, tile, overlap):
     net = Local(1)
     lq = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
