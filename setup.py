@@ -77,6 +77,7 @@ setup(
         'torch>=2.4',
         'torchvision>=0.19',
         'numpy',
+        'scipy<2',  # basicsr imports scipy.ndimage.filters, which SciPy 2 drops
         'opencv-python',
         'pyyaml',
         'lmdb',
