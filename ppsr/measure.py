@@ -25,7 +25,17 @@ from ppsr.data.layout import Source
 from ppsr.errors import UserError
 from ppsr.weights import load_into, read_checkpoint
 
-__all__ = ['CONTROLS', 'Cache', 'Method', 'SameShareMask', 'local_variance', 'measure', 'quality']
+__all__ = [
+    'CONTROLS',
+    'Cache',
+    'Method',
+    'SameShareMask',
+    'evaluate',
+    'file_hash',
+    'local_variance',
+    'measure',
+    'quality',
+]
 
 MEANING = 1  # of a record; raise it when a record comes to mean something else
 
@@ -172,19 +182,23 @@ def quality(sr: np.ndarray, gt: np.ndarray, scale: int) -> dict[str, float]:
     return {'psnr': float(calculate_psnr(sr, gt, **options)), 'ssim': float(calculate_ssim(sr, gt, **options))}
 
 
+def evaluate(net: nn.Module, lq: np.ndarray, gt: np.ndarray | None) -> dict[str, float]:
+    """The record of one image, uint8 RGB (H, W, 3): its cost, and its quality where there is a `gt`."""
+    x = as_tensor(lq).to(next(net.parameters()).device)
+    cost = image_cost(net, x)
+    record = {'pure': cost.pure, 'exempt': cost.exempt, 'macs': cost.total, 'dense': cost.dense}
+    if gt is not None:
+        with torch.inference_mode():
+            sr = (net(x)[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+        record |= quality(sr.cpu().numpy(), gt, net.upscale)
+    return record
+
+
 def _one(method: Method, net: nn.Module | None, image: Path) -> dict:
     lq, gt = read_pair(image, method.scale)
     if net is None:
         return quality(imresize_bicubic(lq, method.scale, up=True), gt, method.scale)
-    x = as_tensor(lq)
-    cost = image_cost(net, x)
-    record = {'pure': cost.pure, 'exempt': cost.exempt, 'macs': cost.total, 'dense': cost.dense}
-    if method.weights is not None:
-        with torch.inference_mode():
-            sr = net(x)[0]
-        sr = (sr.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-        record |= quality(sr, gt, method.scale)
-    return record
+    return evaluate(net, lq, gt if method.weights is not None else None)
 
 
 def measure(

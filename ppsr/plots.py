@@ -29,15 +29,6 @@ STYLE = {
     'legend.frameon': False,
     'pdf.fonttype': 42,
 }
-# variants of the ablations by what they change, for the plot of quality against cost
-FAMILIES = {
-    'dense': ['dense'],
-    'default': ['default'],
-    'K, w, shift, fusion': ['fusion off', 'K = 4', 'K = 16', 'K = 32', 'w = 3', 'w = 4', 'w = 8', 'shift 1'],
-    'compensation': ['bypass', 'zero'],
-    'lowest variance': ['lowest variance'],
-    'random': ['random'],
-}
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -47,15 +38,15 @@ def save(figure: Figure, path: Path) -> None:
             figure.savefig(temporary, dpi=200, metadata=metadata)
 
 
-def quality_against_cost(path: Path, scale: int, varied: dict, records: dict) -> None:
-    """PSNR against GMACs, one panel per data set: the dense network, Pure-Pass, its variants and the controls."""
+def quality_against_cost(path: Path, scale: int, families: dict[str, list[str]], varied: dict, records: dict) -> None:
+    """PSNR against GMACs, one panel per data set: families of the variants in `varied`, and the rivals in `records`."""
     names = list(dict.fromkeys(name for _, name in varied))
     rivals = [label for label, name in records if name == names[0] and label not in ('ATD-light', 'PP-ATD-light')]
     with rc_context(STYLE):
         figure = Figure((3.2 * len(names), 3.4), layout='constrained')
         axes = figure.subplots(1, len(names), squeeze=False)
         for axis, name in zip(axes[0], names):
-            groups = {family: [varied[label, name] for label in labels] for family, labels in FAMILIES.items()}
+            groups = {family: [varied[label, name] for label in labels] for family, labels in families.items()}
             groups |= {label: [records[label, name]] for label in rivals if 'macs' in records[label, name][0]}
             for i, (family, members) in enumerate(groups.items()):
                 points = [

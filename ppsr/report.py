@@ -28,9 +28,9 @@ class Table:
     caption: str = ''
     notes: list[str] = field(default_factory=list)
 
-    def cells(self) -> list[list[str]]:
-        """The rows as text."""
-        formats = [*self.formats, *[''] * len(self.header)]
+    def cells(self, thousands: str = ',') -> list[list[str]]:
+        """The rows as text; `thousands` takes the place of the separator that a format asks for."""
+        formats = [form.replace(',', thousands) for form in [*self.formats, *[''] * len(self.header)]]
 
         def write(value, form: str) -> str:
             if value is None:
@@ -66,11 +66,11 @@ class Table:
         return '\n\n'.join([part for part in (self.caption, table, *self.notes) if part]) + '\n'
 
     def csv(self) -> str:
-        """Comma-separated values with a header line."""
+        """Comma-separated values with a header line, for programs."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator='\n')
         writer.writerow(self.header)
-        writer.writerows(self.cells())
+        writer.writerows(self.cells(thousands=''))
         return buffer.getvalue()
 
     def latex(self, label: str = '') -> str:

@@ -95,6 +95,14 @@ def ablation_methods(base: Method) -> list[Method]:
     return methods
 
 
+def _families() -> dict[str, list[str]]:
+    """Variants that share a colour in a plot."""
+    settings = [label for label, change in CHANGES.items() if 'pp_compensation' not in change]
+    compensations = [label for label in CHANGES if label not in settings]
+    families = {'dense': ['dense'], 'default': ['default'], 'K, w, shift, fusion': settings}
+    return families | {'compensation': compensations} | {label: [label] for label in CONTROLS}
+
+
 def _mean(records: list[dict], what: str) -> float | None:
     return mean(record[what] for record in records) if records and what in records[0] else None
 
@@ -231,7 +239,7 @@ def make(
     weights: Sequence[Path],
     scales: Sequence[int] = (2, 3, 4),
     options: Sequence[Path] = (),
-    ablate: bool = True,
+    ablate_on: Sequence[str] | None = None,
     command: str = 'ppsr tables',
 ) -> list[str]:
     """Measure what is not in the cache, and write all tables and plots.
@@ -243,14 +251,14 @@ def make(
         weights: weight files, each used for the networks that it fits.
         scales: of the tables.
         options: options files whose networks become further rows.
-        ablate: ablations and controls, too, where there are weights of PP-ATD-light.
+        ablate_on: data sets of the ablations and controls, made where there are weights of PP-ATD-light; None = all.
         command: what to name in the README as the way these were made.
 
     Returns:
         The names of the sections written.
 
     Raises:
-        UserError: no images, files that cannot be used, a folder that cannot be written.
+        UserError: no images, files or names that cannot be used, a folder that cannot be written.
     """
     folder, records_file = Path(output), Cache(cache)
     try:
@@ -260,6 +268,10 @@ def make(
     everything, sections = [], []
     for scale in scales:
         data_sets = find_images(data, scale)
+        unknown = [name for name in ablate_on or () if name not in data_sets]
+        if unknown:
+            raise UserError(f'ablations on {unknown[0]}: there is none in {data}, only {", ".join(data_sets)}.')
+        varied_sets = {name: images for name, images in data_sets.items() if ablate_on is None or name in ablate_on}
         methods = methods_of(scale, weights, options)
         everything += methods
         records = measure(methods, data_sets, records_file, f'×{scale} benchmarks')
@@ -267,15 +279,15 @@ def make(
         found = [(f'benchmarks_x{scale}', f'Benchmarks ×{scale}')]
         base = next(method for method in methods if method.label == PURE_PASS)
         found += _pure_pass_plots(folder, scale, base, records)
-        if ablate and base.weights is not None:
+        if varied_sets and base.weights is not None:
             variants = ablation_methods(base)
-            varied = measure(variants, data_sets, records_file, f'×{scale} ablations')
+            varied = measure(variants, varied_sets, records_file, f'×{scale} ablations')
             _write_table(folder, f'ablations_x{scale}', ablation_table(scale, variants, varied))
             found.append((f'ablations_x{scale}', f'Ablations and controls ×{scale}'))
-            plots.quality_against_cost(folder / f'psnr_gmacs_x{scale}', scale, varied, records)
+            plots.quality_against_cost(folder / f'psnr_gmacs_x{scale}', scale, _families(), varied, records)
             found.append((f'psnr_gmacs_x{scale}.png', ''))
-        if ablate:
-            grid = _grid(data_sets, scale)
+        if varied_sets:
+            grid = _grid(varied_sets, scale)
             _write_table(folder, f'purity_x{scale}', _grid_table(scale, grid))
             plots.heat_map(folder / f'purity_grid_x{scale}', scale, GRID_CENTERS, GRID_WINDOWS, grid)
             found += [(f'purity_x{scale}', f'Pure pixels by K and w, ×{scale}'), (f'purity_grid_x{scale}.png', '')]

@@ -21,7 +21,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('-opt', nargs='+', default=[], metavar='YML', help='options files whose networks become rows')
     parser.add_argument('--scales', nargs='+', type=int, default=[2, 3, 4], metavar='N', help='default: 2 3 4')
-    parser.add_argument('--no-ablations', action='store_true', help='benchmarks only')
+    parser.add_argument(
+        '--ablations',
+        nargs='*',
+        metavar='NAME',
+        help='data sets of the ablations and controls (default: all; without a name: no ablations)',
+    )
     parser.add_argument(
         '--cache',
         default='results/tables.jsonl',
@@ -40,6 +45,6 @@ def run(args: argparse.Namespace) -> int:
     weights = [resolve(path) for path in args.weights] if args.weights else list(list_pretrained().values())
     command = shlex.join(['ppsr', *sys.argv[1:]])
     options = [Path(path) for path in args.opt]
-    make(args.data, args.output, args.cache, weights, args.scales, options, not args.no_ablations, command)
+    make(args.data, args.output, args.cache, weights, args.scales, options, args.ablations, command)
     print(f'{args.output}: written; begin with README.md.')
     return 0

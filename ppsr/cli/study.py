@@ -1,0 +1,22 @@
+"""``ppsr study``: reduced networks trained on equal terms, and what came of it."""
+
+import argparse
+from pathlib import Path
+
+HELP = 'train reduced versions of the rivals on equal terms'
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('-opt', required=True, metavar='YML', help='options of the study (options/study.yml)')
+    parser.add_argument('-o', '--output', metavar='DIR', help='write study.md, .csv and .tex there, too')
+
+
+def run(args: argparse.Namespace) -> int:
+    from ppsr import study
+
+    opt = study.load_study(args.opt)
+    table = study.study_table(opt, study.run(opt, Path('results') / opt['name']))
+    print(table.text(), end='')
+    if args.output:
+        study.write(args.output, table)
+    return 0

@@ -1,0 +1,248 @@
+"""A controlled comparison at small scale: reduced networks trained on equal terms, several seeds, one table.
+
+For each seed every network sees the same patches in the same order, for the same number of steps, with the same
+optimizer; networks with the same parameters also start from the same values. Quality is that of the averaged (EMA)
+weights. A run that is complete is not repeated; an interrupted study goes on with the run that it was in.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import torch
+from basicsr.models import build_model
+from basicsr.utils import set_random_seed
+from tqdm import tqdm
+
+from ppsr.atomic import atomic_path
+from ppsr.complexity import build_network, count_parameters
+from ppsr.data.benchmark import as_tensor, find_images, read_pair
+from ppsr.data.bicubic import imresize_bicubic
+from ppsr.errors import UserError
+from ppsr.measure import Cache, evaluate, file_hash, quality
+from ppsr.options import read_yaml
+from ppsr.report import Table
+from ppsr.weights import save_checkpoint
+
+__all__ = ['load_study', 'patches', 'run', 'study_table']
+
+KEYS = ('name', 'scale', 'num_gpu', 'seeds', 'common', 'networks', 'data', 'train')
+DATA_KEYS = ('train', 'test', 'lq_size', 'batch_size')
+TIMED_PASSES = 3  # over a test set, after the one that measures quality; the fastest counts
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def load_study(path: str | Path) -> dict:
+    """The options of a study, checked.
+
+    Raises:
+        UserError: a key that is missing or unknown, or a network that cannot be built.
+    """
+    opt = read_yaml(path)
+    _check_keys(opt, KEYS, f'study {path}')
+    _check_keys(opt['data'], DATA_KEYS, f'study {path}: data')
+    if not opt['networks'] or not opt['seeds'] or len(set(opt['seeds'])) != len(opt['seeds']):
+        raise UserError(f'study {path}: it needs networks, and seeds that differ.')
+    for label, own in opt['networks'].items():
+        opt['networks'][label] = own | opt['common'] | {'upscale': opt['scale']}
+        build_network(opt['networks'][label], f'study {path}: networks → {label}')
+    return opt
+
+
+def _check_keys(section, keys: tuple[str, ...], where: str) -> None:
+    if not isinstance(section, dict):
+        raise UserError(f'{where} must be a mapping, not {section!r}.')
+    missing, unknown = [k for k in keys if k not in section], [k for k in section if k not in keys]
+    if missing or unknown:
+        raise UserError(f'{where}: {"lacks" if missing else "knows no"} {", ".join(missing or map(str, unknown))}.')
+
+
+def _read(folders: list[str], scale: int) -> dict[str, list[Pair]]:
+    """Data sets by name, as (LQ, GT) pairs."""
+    found = {}
+    for folder in folders:
+        for name, sources in find_images(folder, scale).items():
+            found[name] = [read_pair(s.path, scale) for s in tqdm(sources, desc=name, leave=False, disable=None)]
+    return found
+
+
+def patches(pairs: list[Pair], scale: int, lq_size: int, batch_size: int, seed: int) -> Iterator[dict]:
+    """Endless training batches {'lq', 'gt'} that depend on the seed only: random image, place, flips and transpose.
+
+    Raises:
+        UserError: no image is as large as a patch.
+    """
+    large = [(lq, gt) for lq, gt in pairs if min(lq.shape[:2]) >= lq_size]
+    if not large:
+        raise UserError(f'no training image holds an LQ patch of {lq_size}×{lq_size} pixels.')
+    random = np.random.default_rng(seed)
+
+    def one() -> Pair:
+        lq, gt = large[random.integers(len(large))]
+        y, x = (int(random.integers(side - lq_size + 1)) for side in lq.shape[:2])
+        flip_y, flip_x, transpose = random.integers(2, size=3)
+        cut = []
+        for image, factor in ((lq, 1), (gt, scale)):
+            part = image[y * factor : (y + lq_size) * factor, x * factor : (x + lq_size) * factor]
+            part = part[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+            cut.append(part.swapaxes(0, 1) if transpose else part)
+        return cut[0], cut[1]
+
+    while True:
+        chosen = [one() for _ in range(batch_size)]
+        lq, gt = (torch.cat([as_tensor(image) for image in images]) for images in zip(*chosen))
+        yield {'lq': lq, 'gt': gt}
+
+
+def _train(opt: dict, label: str, seed: int, pairs: list[Pair]) -> tuple[torch.nn.Module, float]:
+    """The EMA network of one run in eval mode, and the seconds that its training took."""
+    set_random_seed(seed)
+    gpus = torch.cuda.device_count() if opt['num_gpu'] == 'auto' else opt['num_gpu']
+    model = build_model(
+        {
+            'name': opt['name'],
+            'model_type': 'PurePassSRModel',
+            'scale': opt['scale'],
+            'num_gpu': min(gpus, 1),
+            'is_train': True,
+            'dist': False,
+            'rank': 0,
+            'world_size': 1,
+            'network_g': dict(opt['networks'][label]),
+            'path': {},
+            'train': json.loads(json.dumps(opt['train'])),  # basicsr takes entries out of it
+            'val': None,
+            'logger': {},
+        }
+    )
+    steps, warmup = opt['train']['total_iter'], opt['train'].get('warmup_iter', -1)
+    batches = patches(pairs, opt['scale'], opt['data']['lq_size'], opt['data']['batch_size'], seed)
+    start = time.perf_counter()
+    with tqdm(range(1, steps + 1), desc=f'{label}, seed {seed}', leave=False, disable=None) as progress:
+        for step in progress:
+            model.update_learning_rate(step, warmup_iter=warmup)
+            model.feed_data(next(batches))
+            model.optimize_parameters(step)
+            if step % 50 == 0:
+                progress.set_postfix({name: f'{value:.4f}' for name, value in model.get_current_log().items()})
+    return model.get_bare_model(getattr(model, 'net_g_ema', model.net_g)).eval(), time.perf_counter() - start
+
+
+def _seconds(net: torch.nn.Module, images: list[Pair]) -> float:
+    """Seconds per image for a pass over a test set: the fastest of several."""
+    inputs = [as_tensor(lq).to(next(net.parameters()).device) for lq, _ in images]
+    passes = []
+    with torch.inference_mode():
+        for _ in range(TIMED_PASSES):
+            start = time.perf_counter()
+            for x in inputs:
+                net(x)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            passes.append(time.perf_counter() - start)
+    return min(passes) / len(images)
+
+
+def _run_one(opt: dict, label: str, seed: int, train: list[Pair], test: dict[str, list[Pair]], folder: Path) -> dict:
+    net, seconds = _train(opt, label, seed, train)
+    save_checkpoint(folder / f'{label}_{seed}.safetensors', net.state_dict(), opt['networks'][label])
+    results = {'parameters': count_parameters(net), 'train_seconds': seconds, 'test': {}}
+    for name, images in test.items():
+        records = [evaluate(net, lq, gt) for lq, gt in images]
+        results['test'][name] = {key: mean(record[key] for record in records) for key in records[0]}
+        results['test'][name]['seconds'] = _seconds(net, images)
+    return results
+
+
+def run(opt: dict, folder: str | Path) -> dict[tuple[str, int], dict]:
+    """All runs of a study that are not in `folder` yet; weights and results are kept there.
+
+    Returns:
+        (label, seed) -> 'parameters', 'train_seconds', and 'test': data set -> means of psnr, ssim, pure, macs, …;
+        ('bicubic', 0) has psnr and ssim alone.
+
+    Raises:
+        UserError: no images, or a folder that cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'{folder}: the folder cannot be made ({e.strerror or e}).') from e
+    scale, data = opt['scale'], opt['data']
+    files = {
+        part: [file_hash(s.path) for path in data[part] for found in find_images(path, scale).values() for s in found]
+        for part in ('train', 'test')
+    }
+    cache, found = Cache(folder / 'runs.jsonl'), {}
+    train: list[Pair] = []
+    test = _read(data['test'], scale)
+    for seed in opt['seeds']:
+        for label, network in opt['networks'].items():
+            key = Cache.key(network=network, seed=seed, files=files, data=data, train=opt['train'], scale=scale)
+            result = cache.get(key)
+            if result is None:
+                train = train or [pair for pairs in _read(data['train'], scale).values() for pair in pairs]
+                result = _run_one(opt, label, seed, train, test, folder)
+                cache.put(key, result)
+            found[label, seed] = result
+    bicubic = {
+        name: [quality(imresize_bicubic(lq, scale, up=True), gt, scale) for lq, gt in images]
+        for name, images in test.items()
+    }
+    found['bicubic', 0] = {
+        'test': {name: {key: mean(r[key] for r in rs) for key in ('psnr', 'ssim')} for name, rs in bicubic.items()}
+    }
+    return found
+
+
+def _with_deviation(values: list[float], form: str) -> str:
+    return format(mean(values), form) + (f' ± {stdev(values):.3f}' if len(values) > 1 else '')
+
+
+def study_table(opt: dict, found: dict[tuple[str, int], dict]) -> Table:
+    """Mean ± standard deviation over the seeds, by data set and network; differences are from the first network, seed
+    by seed."""
+    rows = []
+    first = next(iter(opt['networks']))
+    for name, bicubic in found['bicubic', 0]['test'].items():
+        rows.append([name, 'bicubic', None, None, None, None, None, f'{bicubic["psnr"]:.3f}', None])
+        for label in opt['networks']:
+            runs = [found[label, seed] for seed in opt['seeds']]
+            tests = [one['test'][name] for one in runs]
+            psnr = [test['psnr'] for test in tests]
+            against = [test - found[first, seed]['test'][name]['psnr'] for test, seed in zip(psnr, opt['seeds'])]
+            rows.append(
+                [name, label, runs[0]['parameters'], 100 * mean(t['pure'] for t in tests)]
+                + [mean(t['macs'] for t in tests) / 1e9, mean(t['seconds'] for t in tests)]
+                + [mean(one['train_seconds'] for one in runs), _with_deviation(psnr, '.3f')]
+                + [None if label == first else _with_deviation(against, '+.3f')]
+            )
+    train, data = opt['train'], opt['data']
+    return Table(
+        ['data set', 'network', 'parameters', 'pure (%)', 'GMACs per image', 'seconds per image', 'training (s)']
+        + ['PSNR (dB)', f'from {first} (dB)'],
+        rows,
+        ['', '', ',', '.1f', '.3f', '.3f', '.0f', '', ''],
+        f'×{opt["scale"]}: {train["total_iter"]} steps of {data["batch_size"]} patches of '
+        f'{data["lq_size"]}×{data["lq_size"]} LQ pixels; mean ± standard deviation over {len(opt["seeds"])} seeds',
+    )
+
+
+def write(folder: str | Path, table: Table) -> None:
+    """study.md, study.csv and study.tex in `folder`.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for suffix, text in (('md', table.markdown()), ('csv', table.csv()), ('tex', table.latex('tab:study'))):
+            with atomic_path(Path(folder) / f'study.{suffix}') as temporary:
+                temporary.write_text(text, encoding='utf-8')
+    except OSError as e:
+        raise UserError(f'{folder}: the study cannot be written ({e.strerror or e}).') from e

@@ -1,0 +1,281 @@
+"""``ppsr tables``: records that are remembered, controls of the same share, cells without figures, files written."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ppsr import measure, published, tables
+from ppsr.archs import PPATDLight
+from ppsr.cli import main
+from ppsr.data.benchmark import find_images
+from ppsr.data.bicubic import imresize_bicubic
+from ppsr.errors import UserError
+from ppsr.report import Table
+from ppsr.weights import save_checkpoint
+
+TINY_NETWORK = dict(depths=[1], num_heads=[2], embed_dim=8, window_size=8, category_size=16, num_tokens=8)
+
+
+@pytest.fixture(autouse=True)
+def reduced(monkeypatch):
+    """Networks, ablations and grids of a size for tests; the code is that of the full ones."""
+    monkeypatch.setattr(tables, 'CHANGES', {'fusion off': {'pp_fuse': False}, 'zero': {'pp_compensation': 'zero'}})
+    monkeypatch.setattr(tables, 'GRID_CENTERS', (4, 8))
+    monkeypatch.setattr(tables, 'GRID_WINDOWS', (3, 5))
+    methods_of = tables.methods_of
+
+    def small(scale, weights, options=()):
+        networks = {'ATDLight': TINY_NETWORK, 'CAMixerATDLight': TINY_NETWORK, 'PPATDLight': TINY_NETWORK}
+        monkeypatch.setattr(tables.complexity, 'build_network', lambda n, w='': original(networks[n['type']] | n, w))
+        return methods_of(scale, weights, options)
+
+    original = tables.complexity.build_network
+    monkeypatch.setattr(tables, 'methods_of', small)
+    monkeypatch.setattr(measure, 'build_network', lambda n, w='': original(TINY_NETWORK | n, w))
+
+
+@pytest.fixture
+def data(tmp_path):
+    random = np.random.default_rng(0)
+    for name, count in (('Set14', 1), ('Set5', 2)):
+        folder = tmp_path / 'datasets' / name / 'HR'
+        folder.mkdir(parents=True)
+        for i in range(count):
+            image = random.integers(0, 255, (40, 48, 3), dtype=np.uint8)
+            image[:, :24] = 90
+            Image.fromarray(image).save(folder / f'{name}_{i}.png')
+    return tmp_path / 'datasets'
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / 'pp.safetensors'
+    config = {'type': 'PPATDLight', 'upscale': 2, **TINY_NETWORK}
+    save_checkpoint(path, PPATDLight(upscale=2, **TINY_NETWORK).state_dict(), config)
+    return path
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def test_cache_remembers_and_survives_a_cut_line(tmp_path):
+    path = tmp_path / 'folder' / 'cache.jsonl'
+    cache = measure.Cache(path)
+    cache.put('a', {'psnr': 1.5})
+    cache.put('b', {'psnr': 2.5})
+    path.write_text(path.read_text()[:-5])  # as an interruption leaves it
+    again = measure.Cache(path)
+    assert again.get('a') == {'psnr': 1.5} and again.get('b') is None
+    again.put('c', {'psnr': 3.5})
+    assert measure.Cache(path).get('c') == {'psnr': 3.5}
+
+
+def test_key_depends_on_options_weights_image_scale_and_control(data, weights, tmp_path):
+    one, other = sorted((data / 'Set5' / 'HR').iterdir())
+    base = measure.Method('a', 2, {'type': 'PPATDLight'}, weights)
+    changed = tmp_path / 'other.safetensors'
+    changed.write_bytes(weights.read_bytes() + b' ')
+    keys = [
+        base.key(one),
+        base.key(other),
+        measure.Method('a', 3, base.network, weights).key(one),
+        measure.Method('a', 2, base.network | {'pp_fuse': False}, weights).key(one),
+        measure.Method('a', 2, base.network, changed).key(one),
+        measure.Method('a', 2, base.network).key(one),
+        measure.Method('a', 2, base.network, weights, 'random').key(one),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert measure.Method('another name', 2, base.network, weights).key(one) == keys[0]
+
+
+def test_a_measured_image_is_not_computed_again(data, weights, tmp_path, monkeypatch):
+    cache, images = measure.Cache(tmp_path / 'cache.jsonl'), find_images(data, 2)
+    method = measure.Method('PP', 2, {'type': 'PPATDLight', 'upscale': 2}, weights)
+    first = measure.measure([method], images, cache)
+    monkeypatch.setattr(measure, '_one', lambda *_: pytest.fail('computed again'))
+    assert measure.measure([method], images, measure.Cache(tmp_path / 'cache.jsonl')) == first
+    assert list(first) == [('PP', 'Set5'), ('PP', 'Set14')] and len(first['PP', 'Set5']) == 2
+
+
+# ---------------------------------------------------------------- controls and records
+
+
+@pytest.mark.parametrize('control', list(measure.CONTROLS))
+def test_controls_skip_as_many_pixels_of_each_image(control):
+    lq = torch.rand(2, 3, 20, 20)
+    lq[0, :, :, :12] = 0.4
+    net = PPATDLight(upscale=2, **TINY_NETWORK)
+    pure = net.pure_mask(lq)
+    other = measure.SameShareMask(net.pure_pass, measure.CONTROLS[control])(lq)
+    assert torch.equal(other.flatten(1).sum(1), pure.flatten(1).sum(1))
+    assert other.shape == pure.shape and other.dtype == torch.bool
+    assert torch.equal(other, pure) is (control == 'variance')  # in this picture the flat pixels are the pure ones
+
+
+def test_variance_control_takes_the_flattest_pixels():
+    lq = torch.rand(1, 3, 12, 12)
+    lq[..., :6] = 0.4
+    score = measure.local_variance(lq)
+    assert (score[..., :4] == 0).all()  # two columns away from the noise the 5×5 neighbourhood is flat
+    assert (score[..., 4:] > 0).all()
+    whole = lq[0, :, 3:8, 5:10].double()
+    assert score[0, 5, 7].item() == pytest.approx(whole.var(dim=(1, 2), unbiased=False).sum().item())
+
+
+def test_bicubic_and_network_records(data, weights, tmp_path):
+    images = find_images(data / 'Set14', 2)
+    methods = [measure.Method('bicubic', 2), measure.Method('dry', 2, {'type': 'PPATDLight', 'upscale': 2})]
+    methods.append(measure.Method('PP', 2, methods[1].network, weights))
+    found = measure.measure(methods, images, measure.Cache(tmp_path / 'cache.jsonl'))
+    gt = np.asarray(Image.open(data / 'Set14' / 'HR' / 'Set14_0.png'))
+    bicubic = imresize_bicubic(imresize_bicubic(gt, 2), 2, up=True)
+    assert found['bicubic', 'Set14'] == [measure.quality(bicubic, gt, 2)]
+    (dry,), (pp,) = found['dry', 'Set14'], found['PP', 'Set14']
+    assert 'psnr' not in dry and dry.items() <= pp.items()
+    assert 0 < pp['pure'] < 1 and pp['macs'] < pp['dense'] and 5 < pp['psnr'] < 60 and -1 < pp['ssim'] < 1
+
+
+def test_quality_of_a_constant_error():
+    gt = np.full((20, 20, 3), 100, np.uint8)
+    sr = gt.copy()
+    sr[4:16, 4:16] += 10  # gray: Y changes by 10·(65.481 + 128.553 + 24.966)/255
+    found = measure.quality(sr, gt, 4)
+    assert found['psnr'] == pytest.approx(20 * np.log10(255 / (10 * 219 / 255)), abs=0.05)
+    assert measure.quality(gt, gt, 4)['ssim'] == pytest.approx(1)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_published_figures():
+    assert published.quality('ATD-light', 4, 'Urban100') == (26.97, 0.8107)
+    assert published.quality('ATD-light', 2, 'Manga109') == (39.52, 0.9789)
+    assert published.cost('CAMixerSR', 4) == (765_000, 53.8)
+    assert published.quality('PP-ATD-light', 4, 'Set5') is None  # the paper's table was not readable
+    assert published.quality('CAMixer-ATD-light', 4, 'Set5') is None
+    assert published.others(4) == ['CAMixerSR', 'SwinIR-light'] and published.others(2) == []
+
+
+def test_weights_go_to_the_networks_they_fit(weights):
+    found = {method.label: method.weights for method in tables.methods_of(2, [weights])}
+    assert found == {'bicubic': None, 'ATD-light': weights, 'CAMixer-ATD-light': None, 'PP-ATD-light': weights}
+    assert not any(method.weights for method in tables.methods_of(4, [weights]))
+
+
+def test_weights_of_the_own_type_come_first(weights, tmp_path):
+    dense = tmp_path / 'dense.safetensors'
+    net = PPATDLight(upscale=2, **TINY_NETWORK)
+    save_checkpoint(dense, net.state_dict(), {'type': 'ATDLight', 'upscale': 2, **TINY_NETWORK})
+    found = {method.label: method.weights for method in tables.methods_of(2, [weights, dense])}
+    assert (found['ATD-light'], found['PP-ATD-light']) == (dense, weights)
+
+
+def test_all_files_are_written_and_say_what_is_missing(data, weights, tmp_path, capsys):
+    output = tmp_path / 'tables'
+    command = ['tables', '--data', str(data), '--weights', str(weights), '-o', str(output), '--scales', '2', '4']
+    assert main([*command, '--cache', str(tmp_path / 'cache.jsonl')]) == 0
+    assert str(output) in capsys.readouterr().out
+    rows = {}
+    for scale in (2, 4):
+        with open(output / f'benchmarks_x{scale}.csv', newline='') as file:
+            rows[scale] = {(row['data set'], row['method']): row for row in csv.DictReader(file)}
+    assert rows[2]['Urban100', 'PP-ATD-light']['PSNR (dB)'] == 'no data'
+    assert rows[4]['Set5', 'PP-ATD-light']['PSNR (dB)'] == 'no weights'
+    assert rows[2]['Set5', 'CAMixer-ATD-light']['SSIM'] == 'no weights'
+    assert rows[2]['Set5', 'PP-ATD-light']['PSNR, published'] == 'not available'
+    assert rows[2]['Set5', 'ATD-light']['PSNR, published'] == '38.29'
+    assert rows[4]['Set5', 'CAMixerSR']['SSIM'] == 'not measured'
+    records = [json.loads(line)['record'] for line in (tmp_path / 'cache.jsonl').read_text().splitlines()]
+    assert sum('psnr' in record for record in records) == 3 * (1 + 1 + 5) + 3  # ×2, and bicubic ×4
+    measured = rows[2]['Set14', 'PP-ATD-light']
+    assert float(measured['PSNR (dB)']) > 5 and float(measured['against ATD-light (%)']) < 0
+    with open(output / 'ablations_x2.csv', newline='') as file:
+        ablations = list(csv.DictReader(file))
+    variants = ['dense', 'default', 'fusion off', 'zero', 'lowest variance', 'random']
+    assert [row['variant'] for row in ablations] == variants * 2
+    exempt = {row['variant']: row['exempt (%)'] for row in ablations[:6]}
+    assert exempt['default'] == exempt['random'] == exempt['lowest variance'] != exempt['fusion off']
+    assert not (output / 'ablations_x4.csv').exists()
+    readme = (output / 'README.md').read_text()
+    for name in ('psnr_gmacs_x2', 'pure_share_x2', 'saving_share_x4', 'purity_grid_x4'):
+        assert f'({name}.png)' in readme
+        assert Image.open(output / f'{name}.png').size[0] > 600 and (output / f'{name}.pdf').stat().st_size > 1000
+    assert 'pp.safetensors' in readme and '## Ablations and controls ×2' in readme
+    assert '\\toprule' in (output / 'cost.tex').read_text()
+
+
+def test_without_ablations(data, tmp_path):
+    output = tmp_path / 'tables'
+    command = ['tables', '--data', str(data), '--ablations', '--scales', '3', '-o', str(output)]
+    assert main([*command, '--cache', str(tmp_path / 'c.jsonl')]) == 0
+    assert not list(output.glob('purity*')) and (output / 'benchmarks_x3.md').exists()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'named'),
+    [
+        (['--data', 'nowhere'], 'nowhere'),
+        (['--weights', 'nothing.pth'], 'nothing.pth'),
+        (['--scales', '0'], '--scales'),
+        (['--ablations', 'Set6'], 'Set6'),
+        (['-opt', 'nothing.yml'], 'nothing.yml'),
+    ],
+    ids=['data', 'weights', 'scales', 'ablations', 'options'],
+)
+def test_bad_arguments(data, tmp_path, capsys, arguments, named):
+    command = ['tables', '--data', str(data), '-o', str(tmp_path / 'o'), '--cache', str(tmp_path / 'c.jsonl')]
+    assert main([*command, *arguments]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_a_row_needs_a_name_of_its_own(tmp_path):
+    path = tmp_path / 'mine.yml'
+    path.write_text('name: bicubic\nnetwork_g: {type: ATDLight, upscale: 2}\n')
+    with pytest.raises(UserError, match='bicubic'):
+        tables.methods_of(2, [], [path])
+
+
+# ---------------------------------------------------------------- how a table is written
+
+TABLE = Table(['name', 'dB', 'n'], [['a_1', 1.234, 1000], ['50 %', 'no weights', None]], ['', '.2f', ','], 'A', ['B.'])
+
+
+def test_table_as_text():
+    assert TABLE.text().splitlines() == [
+        'A',
+        'name          dB      n',
+        '----  ----------  -----',
+        'a_1         1.23  1,000',
+        '50 %  no weights',
+        'B.',
+    ]
+
+
+def test_table_as_markdown():
+    lines = TABLE.markdown().splitlines()
+    assert lines[2:6] == [
+        '| name | dB | n |',
+        '| --- | ---: | ---: |',
+        '| a_1 | 1.23 | 1,000 |',
+        '| 50 % | no weights |  |',
+    ]
+
+
+def test_table_as_csv_comes_back():
+    assert list(csv.reader(TABLE.csv().splitlines())) == [
+        ['name', 'dB', 'n'],
+        ['a_1', '1.23', '1000'],
+        ['50 %', 'no weights', ''],
+    ]
+
+
+def test_table_as_latex():
+    latex = TABLE.latex('tab:x')
+    assert r'a\_1 & 1.23 & 1,000 \\' in latex and r'50 \% & no weights &  \\' in latex
+    assert r'\begin{tabular}{lrr}' in latex and r'\caption{A B.}' in latex and r'\label{tab:x}' in latex
+    assert latex.count(r'\midrule') == 1
