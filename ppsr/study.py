@@ -23,7 +23,7 @@ from ppsr.data.benchmark import as_tensor, find_images, read_pair
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.errors import UserError
 from ppsr.measure import Cache, evaluate, file_hash, quality
-from ppsr.options import read_yaml
+from ppsr.options import PLAIN_NAME, read_yaml
 from ppsr.report import Table
 from ppsr.weights import save_checkpoint
 
@@ -47,6 +47,9 @@ def load_study(path: str | Path) -> dict:
     _check_keys(opt['data'], DATA_KEYS, f'study {path}: data')
     if not opt['networks'] or not opt['seeds'] or len(set(opt['seeds'])) != len(opt['seeds']):
         raise UserError(f'study {path}: it needs networks, and seeds that differ.')
+    for name in (opt['name'], *opt['networks']):
+        if not PLAIN_NAME.fullmatch(str(name)):
+            raise UserError(f'study {path}: {name!r} becomes a file name; use letters, digits and _ + @ = , . - only.')
     for label, own in opt['networks'].items():
         opt['networks'][label] = own | opt['common'] | {'upscale': opt['scale']}
         build_network(opt['networks'][label], f'study {path}: networks → {label}')
