@@ -6,6 +6,8 @@ its own, and this process compiles. The tests at the end need a GPU.
 
 import concurrent.futures
 import functools
+import importlib
+import math
 import multiprocessing
 import os
 import pathlib
@@ -16,6 +18,8 @@ import torch
 
 import ppsr.ops
 from ppsr.ops.category_attention import category_attention, reference
+from ppsr.ops.window_attention import reference as window_reference
+from ppsr.ops.window_attention import window_attention
 
 pytest.importorskip('triton', reason='triton is not installed')
 
@@ -187,11 +191,99 @@ def test_host_reads_nothing_back_and_sorts_once(interpreter):
     assert not [name for name in names if any(word in name for word in waiting)]
 
 
+# name: (images, height, width, heads, head dim, window, shift)
+WINDOWS = {
+    'published window': (1, 16, 16, 1, 12, 16, 0),
+    'several windows, shifted': (2, 8, 12, 2, 5, 4, 2),
+    'shift by one, blocks without a pair': (1, 9, 18, 1, 16, 9, 1),
+    'side no power of two, one column of windows': (1, 14, 7, 1, 12, 7, 3),
+    'windows of one': (1, 2, 2, 1, 5, 1, 0),
+}
+
+
+def _window_inputs(case, dtype, device='cpu'):
+    images, height, width, heads, head_dim, size, shift = WINDOWS[case]
+    random = torch.Generator().manual_seed(height * width)
+    qkv = torch.randn(images, height, width, 3 * heads * head_dim, generator=random).to(dtype)
+    table = torch.randn((2 * size - 1) ** 2, heads, generator=random)
+    grad_out = torch.randn(images, height, width, heads * head_dim, generator=random).to(dtype)
+    return *(x.to(device) for x in (qkv, table, grad_out)), heads, size, shift
+
+
+def _window_errors(case, dtype, backend, device='cpu'):
+    """Largest error of every result of a backend against the float64 reference, forward and backward."""
+    qkv, table, grad_out, *sizes = _window_inputs(case, dtype, device)
+    got = backend.forward(qkv, table, *sizes)
+    got += backend.backward(grad_out, qkv, *got, table, *sizes)
+    want = window_reference.forward(qkv.double(), table.double(), *sizes)
+    want += window_reference.backward(grad_out.double(), qkv.double(), *want, table.double(), *sizes)
+    names = ('out', 'lse', 'grad_qkv', 'grad_table')
+    return {name: (g.double() - w).abs().max().item() for name, g, w in zip(names, got, want)}
+
+
+def _interpret_window(case, dtype):
+    from ppsr.ops.window_attention import triton as backend
+
+    return _window_errors(case, dtype, backend)
+
+
+@pytest.mark.parametrize('case', WINDOWS)
+def test_window_attention_agrees_with_the_definition(interpreter, case):
+    errors = interpreter(_interpret_window, case, torch.float32)
+    assert all(error < 2e-5 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_window_attention_in_half_precision_errs_no_more_than_twice_as_much(interpreter, dtype):
+    case, dtype = 'side no power of two, one column of windows', DTYPES[dtype]
+    errors = interpreter(_interpret_window, case, dtype)
+    plain = _window_errors(case, dtype, window_reference)
+    for name, error in errors.items():
+        assert error <= 2 * plain[name], (name, errors, plain)
+
+
+def _window_operator():
+    """opcheck, and results and gradients of the public function by the Triton backend and in float64."""
+    qkv, table, grad_out, heads, size, shift = _window_inputs('windows of one', torch.float32)
+    results = []
+    for backend, dtype in (('triton', torch.float32), ('reference', torch.float64)):
+        x, bias = qkv.to(dtype).requires_grad_(), table.to(dtype).requires_grad_()
+        with ppsr.ops.use_backend(backend):
+            out = window_attention(x, bias, num_heads=heads, window_size=size, shift=shift)
+            results.append((out, *torch.autograd.grad(out, (x, bias), grad_out.to(dtype))))
+            if backend == 'triton':
+                checks = torch.library.opcheck(torch.ops.ppsr.window_attention.default, (x, bias, heads, size, shift))
+    return checks, [tuple(x.detach().double() for x in result) for result in results]
+
+
+def test_window_operator_with_autograd_and_opcheck(interpreter):
+    checks, (got, want) = interpreter(_window_operator)
+    assert checks and set(checks.values()) == {'SUCCESS'}
+    for name, g, w in zip(('out', 'grad_qkv', 'grad_table'), got, want):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f'{name}: {text}')
+
+
 # --- Compiled for a GPU that is not here -----------------------------------------------------------------------------
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block may use (CUDA C++ Programming Guide, ch. 20)
-KERNELS = ('_forward_kernel', '_query_gradient_kernel', '_key_gradient_kernel')
-POINTERS = {'order': '*i32', 'counts': '*i32'} | dict.fromkeys(('scale', 'lse', 'delta', 'grad_scale'), '*fp32')
+KERNELS = {
+    'category_attention': ('_forward_kernel', '_query_gradient_kernel', '_key_gradient_kernel'),
+    'window_attention': ('_forward_kernel', '_query_gradient_kernel', '_key_gradient_kernel', '_bias_gradient_kernel'),
+}
+# every dtype on both for the operator that is the point of this project, a sample for the other
+COMPILED = [
+    (op, name, capability, dtype)
+    for op, names in KERNELS.items()
+    for name in names
+    for capability in SHARED_MEMORY
+    for dtype in DTYPES
+    if op == 'category_attention' or (capability, dtype) in ((80, 'float32'), (90, 'float16'))
+]
+# types of the arguments that are neither strides and sizes (i32) nor tensors in the dtype of qkv
+TYPES = {'category_attention': {'scale': '*fp32'}, 'window_attention': {'scale': 'fp32'}}
+for _types in TYPES.values():
+    _types.update(dict.fromkeys(('order', 'counts'), '*i32'))
+    _types.update(dict.fromkeys(('lse', 'delta', 'table', 'grad_scale', 'grad_bias'), '*fp32'))
 
 
 @pytest.fixture
@@ -202,28 +294,30 @@ def compiled(tmp_path, monkeypatch):
     return functools.partial(_compile, tmp_path)
 
 
-def _compile(folder, name, dtype, head_dim, category_size, capability):
+def _compile(folder, op, name, dtype, head_dim, group, capability):
     """Shared memory, registers a thread, bytes spilled and warps of a kernel as the launcher would compile it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ppsr.ops.category_attention import triton as backend
+    from ppsr.ops import tiles
 
+    backend = importlib.import_module(f'ppsr.ops.{op}.triton')
     kernel = getattr(backend, name)
-    constants = backend.config(dtype, head_dim, category_size)
+    largest = (backend.LARGEST_BLOCK,) if op == 'window_attention' else ()
+    constants = tiles.config(dtype, head_dim, group, *largest)
     options = {key: constants.pop(key) for key in ('num_warps', 'num_stages')}
-    constants |= {'NUM_HEADS': 4, 'HEAD_DIM': head_dim, 'CATEGORY_SIZE': category_size, 'KEEP': True}
-    constants |= {'stride_c': 1, 'grad_stride_c': 1}
+    constants |= {'NUM_HEADS': 4, 'HEAD_DIM': head_dim, 'CATEGORY_SIZE': group, 'WINDOW': math.isqrt(group)}
+    constants |= {'KEEP': True, 'stride_c': 1, 'grad_stride_c': 1}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     element = {torch.float32: '*fp32', torch.float16: '*fp16', torch.bfloat16: '*bf16'}[dtype]
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
-        number = argument.startswith(('num_', 'stride', 'grad_stride'))
-        signature[argument] = 'i32' if number else POINTERS.get(argument, element)
+        number = argument.startswith(('num_', 'stride', 'grad_stride', 'height', 'width', 'shift'))
+        signature[argument] = 'i32' if number else TYPES[op].get(argument, element)
         if argument in constants:
             signature[argument] = 'constexpr'
-        elif not argument.startswith('num_'):  # strides and addresses are multiples of 16 in a network
+        elif signature[argument].startswith('*') or 'stride' in argument:  # multiples of 16 in a network
             attributes[(i,)] = [['tt.divisibility', 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
@@ -236,11 +330,10 @@ def _compile(folder, name, dtype, head_dim, category_size, capability):
     return compiled.metadata.shared, int(usage['REG']), int(usage['STACK']) + int(usage['LOCAL']), options['num_warps']
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('capability', SHARED_MEMORY)
-@pytest.mark.parametrize('name', KERNELS)
-def test_compiled_kernel_fits(compiled, name, capability, dtype):
-    shared, registers, spilled, warps = compiled(name, DTYPES[dtype], 12, 128, capability)
+@pytest.mark.parametrize('op, name, capability, dtype', COMPILED)
+def test_compiled_kernel_fits(compiled, op, name, capability, dtype):
+    group = 128 if op == 'category_attention' else 256
+    shared, registers, spilled, warps = compiled(op, name, DTYPES[dtype], 12, group, capability)
     assert 0 < registers <= 255
     assert spilled == 0
     # a multiprocessor has 65,536 registers: at least eight warps run at a time, whatever else limits them
@@ -250,7 +343,9 @@ def test_compiled_kernel_fits(compiled, name, capability, dtype):
 
 @pytest.mark.parametrize('head_dim, category_size', [(12, 16), (64, 128)])
 def test_other_sizes_fit_too(compiled, head_dim, category_size):
-    shared, registers, spilled, _ = compiled('_key_gradient_kernel', torch.float16, head_dim, category_size, 80)
+    shared, registers, spilled, _ = compiled(
+        'category_attention', '_key_gradient_kernel', torch.float16, head_dim, category_size, 80
+    )
     assert shared <= 48 * 1024 and registers <= 255 and spilled <= 256
 
 
@@ -270,6 +365,18 @@ def test_on_a_gpu(case, dtype):
     assert errors['order'] == errors['counts'] == 0
     for name in ('out', 'lse', 'grad_qkv', 'grad_scale'):
         assert errors[name] <= 2 * plain[name] + 1e-4, (name, errors, plain)
+
+
+@needs_gpu
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('case', WINDOWS)
+def test_window_attention_on_a_gpu(case, dtype):
+    from ppsr.ops.window_attention import triton as backend
+
+    errors = _window_errors(case, DTYPES[dtype], backend, 'cuda')
+    plain = _window_errors(case, DTYPES[dtype], window_reference, 'cuda')
+    for name, error in errors.items():
+        assert error <= 2 * plain[name] + 1e-4, (name, errors, plain)
 
 
 @needs_gpu

@@ -21,27 +21,14 @@ that are no power of two, or below the 16 that tl.dot needs, are padded with zer
 accumulated in float32.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ['backward', 'config', 'forward']
+from ppsr.ops.tiles import LN_2, LOG2_E, config, dot, load, store
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
-
-
-@triton.jit
-def _dot(a, b):
-    """a·b in float32; 'ieee' keeps float32 operands from being cut to TF32."""
-    if INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16; the products are exact in float32
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision='ieee')
+__all__ = ['backward', 'forward']
 
 
 @triton.jit
@@ -57,25 +44,6 @@ def _program(num_blocks, CATEGORY_SIZE: tl.constexpr, BLOCK: tl.constexpr, NUM_H
     place = (block % num_blocks) * BLOCK + tl.arange(0, BLOCK)
     position = group * CATEGORY_SIZE + place
     return image, head, group, position, place < CATEGORY_SIZE
-
-
-@triton.jit
-def _rows(ptr, stride, token, mask, channel, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, stride_c):
-    """Addresses and mask of (tokens, head channels from `channel` on), padded to (…, BLOCK_D)."""
-    d = tl.arange(0, BLOCK_D)
-    return ptr + token[:, None] * stride + (channel + d)[None, :] * stride_c, mask[:, None] & (d < HEAD_DIM)[None, :]
-
-
-@triton.jit
-def _load(ptr, stride, token, mask, channel, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, stride_c):
-    address, mask = _rows(ptr, stride, token, mask, channel, HEAD_DIM, BLOCK_D, stride_c)
-    return tl.load(address, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store(ptr, stride, token, mask, channel, value, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, stride_c):
-    address, mask = _rows(ptr, stride, token, mask, channel, HEAD_DIM, BLOCK_D, stride_c)
-    tl.store(address, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -127,32 +95,32 @@ def _forward_kernel(
 
     if tl.max(position) >= n:  # pure tokens, if any: their compensation
         if KEEP:
-            value = _load(qkv, stride_n, token, pure, at_v, HEAD_DIM, BLOCK_D, stride_c)
+            value = load(qkv, token * stride_n, pure, at_v, HEAD_DIM, BLOCK_D, stride_c)
         else:
             value = tl.zeros((BLOCK_M, BLOCK_D), qkv.dtype.element_ty)
-        _store(out, channels, token, pure, at_q, value, HEAD_DIM, BLOCK_D, 1)
+        store(out, token * channels, pure, at_q, value, HEAD_DIM, BLOCK_D, 1)
         tl.store(lse + token, tl.zeros((BLOCK_M,), tl.float32), mask=pure)
     if tl.min(position) >= n:
         return
 
-    q = _load(qkv, stride_n, token, active, at_q, HEAD_DIM, BLOCK_D, stride_c)
+    q = load(qkv, token * stride_n, active, at_q, HEAD_DIM, BLOCK_D, stride_c)
     scale2 = tl.load(scale).to(tl.float32) * LOG2_E
     peak = tl.full((BLOCK_M,), float('-inf'), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, tl.minimum(n, CATEGORY_SIZE), BLOCK_N):
         key, counted = _key_tokens(order, n, group, start, CATEGORY_SIZE, BLOCK_N)
-        k = _load(qkv, stride_n, key, counted, at_k, HEAD_DIM, BLOCK_D, stride_c)
-        v = _load(qkv, stride_n, key, counted, at_v, HEAD_DIM, BLOCK_D, stride_c)
-        logits = _dot(q, tl.trans(k)) * scale2
+        k = load(qkv, key * stride_n, counted, at_k, HEAD_DIM, BLOCK_D, stride_c)
+        v = load(qkv, key * stride_n, counted, at_v, HEAD_DIM, BLOCK_D, stride_c)
+        logits = dot(q, tl.trans(k)) * scale2
         logits = tl.where(counted[None, :], logits, float('-inf'))
         new_peak = tl.maximum(peak, tl.max(logits, 1))  # finite from the first block on: it holds a key that exists
         p = tl.exp2(logits - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v)
+        acc = acc * shrink[:, None] + dot(p.to(v.dtype), v)
         peak = new_peak
-    _store(out, channels, token, active, at_q, acc / total[:, None], HEAD_DIM, BLOCK_D, 1)
+    store(out, token * channels, active, at_q, acc / total[:, None], HEAD_DIM, BLOCK_D, 1)
     tl.store(lse + token, (peak + tl.log2(total)) * LN_2, mask=active)
 
 
@@ -205,14 +173,14 @@ def _query_gradient_kernel(
 
     if tl.min(position) >= n:
         zero = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        _store(grad_qkv, grad_stride_n, token, exists, at_q, zero, HEAD_DIM, BLOCK_D, grad_stride_c)
+        store(grad_qkv, token * grad_stride_n, exists, at_q, zero, HEAD_DIM, BLOCK_D, grad_stride_c)
         tl.store(grad_scale, 0.0)
         return
 
     # rows that are not active are zeros and stay zeros throughout: a pure token's dq is right as it comes
-    q = _load(qkv, stride_n, token, active, at_q, HEAD_DIM, BLOCK_D, stride_c)
-    o = _load(out, channels, token, active, at_q, HEAD_DIM, BLOCK_D, 1)
-    do = _load(grad_out, channels, token, active, at_q, HEAD_DIM, BLOCK_D, 1)
+    q = load(qkv, token * stride_n, active, at_q, HEAD_DIM, BLOCK_D, stride_c)
+    o = load(out, token * channels, active, at_q, HEAD_DIM, BLOCK_D, 1)
+    do = load(grad_out, token * channels, active, at_q, HEAD_DIM, BLOCK_D, 1)
     row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta + token, row_delta, mask=active)
     lse2 = tl.load(lse + token, mask=active, other=0.0) * LOG2_E
@@ -223,17 +191,17 @@ def _query_gradient_kernel(
     mean = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, tl.minimum(n, CATEGORY_SIZE), BLOCK_N):
         key, counted = _key_tokens(order, n, group, start, CATEGORY_SIZE, BLOCK_N)
-        k = _load(qkv, stride_n, key, counted, at_k, HEAD_DIM, BLOCK_D, stride_c)
-        v = _load(qkv, stride_n, key, counted, at_v, HEAD_DIM, BLOCK_D, stride_c)
-        product = _dot(q, tl.trans(k))
+        k = load(qkv, key * stride_n, counted, at_k, HEAD_DIM, BLOCK_D, stride_c)
+        v = load(qkv, key * stride_n, counted, at_v, HEAD_DIM, BLOCK_D, stride_c)
+        product = dot(q, tl.trans(k))
         p = tl.where(counted[None, :] & active[:, None], tl.exp2(product * (s * LOG2_E) - lse2[:, None]), 0.0)
-        dp = _dot(do, tl.trans(v))
+        dp = dot(do, tl.trans(v))
         mean += tl.sum(p * product, 1)
         ds = p * (dp - row_delta[:, None])  # gradient of the logits
         excess += tl.sum(ds, 1)
         dscale += tl.sum(ds * product, 1)
-        dq += _dot(ds.to(k.dtype), k)
-    _store(grad_qkv, grad_stride_n, token, exists, at_q, dq * s, HEAD_DIM, BLOCK_D, grad_stride_c)
+        dq += dot(ds.to(k.dtype), k)
+    store(grad_qkv, token * grad_stride_n, exists, at_q, dq * s, HEAD_DIM, BLOCK_D, grad_stride_c)
     # a row of ds adds up to 0, but for the rounding of `out` in delta, which would spoil this sum in 16 bits
     tl.store(grad_scale, tl.sum(dscale - excess * mean))
 
@@ -285,10 +253,10 @@ def _key_gradient_kernel(
 
     if tl.max(position) >= n:  # pure tokens, if any
         dv = tl.zeros((BLOCK_N, BLOCK_D), grad_out.dtype.element_ty)
-        _store(grad_qkv, grad_stride_n, token, pure, at_k, dv, HEAD_DIM, BLOCK_D, grad_stride_c)
+        store(grad_qkv, token * grad_stride_n, pure, at_k, dv, HEAD_DIM, BLOCK_D, grad_stride_c)
         if KEEP:
-            dv = _load(grad_out, channels, token, pure, at_q, HEAD_DIM, BLOCK_D, 1)
-        _store(grad_qkv, grad_stride_n, token, pure, at_v, dv, HEAD_DIM, BLOCK_D, grad_stride_c)
+            dv = load(grad_out, token * channels, pure, at_q, HEAD_DIM, BLOCK_D, 1)
+        store(grad_qkv, token * grad_stride_n, pure, at_v, dv, HEAD_DIM, BLOCK_D, grad_stride_c)
     if tl.min(position) >= n:
         return
 
@@ -298,8 +266,8 @@ def _key_gradient_kernel(
     fills = fills & active & (n > CATEGORY_SIZE)
     roles = 1 + tl.max(fills.to(tl.int32))
 
-    k = _load(qkv, stride_n, token, active, at_k, HEAD_DIM, BLOCK_D, stride_c)
-    v = _load(qkv, stride_n, token, active, at_v, HEAD_DIM, BLOCK_D, stride_c)
+    k = load(qkv, token * stride_n, active, at_k, HEAD_DIM, BLOCK_D, stride_c)
+    v = load(qkv, token * stride_n, active, at_v, HEAD_DIM, BLOCK_D, stride_c)
     s = tl.load(scale).to(tl.float32)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -312,29 +280,18 @@ def _key_gradient_kernel(
             query_position = start + tl.arange(0, BLOCK_M)
             asked = query_position < stop
             query = tl.load(order + query_position, mask=asked, other=0).to(tl.int64)
-            q = _load(qkv, stride_n, query, asked, at_q, HEAD_DIM, BLOCK_D, stride_c)
-            do = _load(grad_out, channels, query, asked, at_q, HEAD_DIM, BLOCK_D, 1)
+            q = load(qkv, query * stride_n, asked, at_q, HEAD_DIM, BLOCK_D, stride_c)
+            do = load(grad_out, query * channels, asked, at_q, HEAD_DIM, BLOCK_D, 1)
             lse2 = tl.load(lse + query, mask=asked, other=0.0) * LOG2_E
             row_delta = tl.load(delta + query, mask=asked, other=0.0)
-            logits = _dot(k, tl.trans(q)) * (s * LOG2_E)
+            logits = dot(k, tl.trans(q)) * (s * LOG2_E)
             p = tl.where(counted[:, None] & asked[None, :], tl.exp2(logits - lse2[None, :]), 0.0)
-            dv += _dot(p.to(do.dtype), do)
-            dp = _dot(v, tl.trans(do))
+            dv += dot(p.to(do.dtype), do)
+            dp = dot(v, tl.trans(do))
             ds = p * (dp - row_delta[None, :])
-            dk += _dot(ds.to(q.dtype), q)
-    _store(grad_qkv, grad_stride_n, token, active, at_k, dk * s, HEAD_DIM, BLOCK_D, grad_stride_c)
-    _store(grad_qkv, grad_stride_n, token, active, at_v, dv, HEAD_DIM, BLOCK_D, grad_stride_c)
-
-
-def config(dtype: torch.dtype, head_dim: int, category_size: int) -> dict[str, int]:
-    """Block sizes and warps of the kernels, chosen so that a block's state stays in registers (not tuned on a GPU).
-
-    float32 has no tensor core at full precision: its products keep both operands in registers, which takes more warps.
-    """
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    block = max(16, min(64 if block_d <= 32 else 32, triton.next_power_of_2(category_size)))
-    warps = block // 16 * (2 if dtype == torch.float32 else 1)
-    return {'BLOCK_M': block, 'BLOCK_N': block, 'BLOCK_D': block_d, 'num_warps': warps, 'num_stages': 1}
+            dk += dot(ds.to(q.dtype), q)
+    store(grad_qkv, token * grad_stride_n, active, at_k, dk * s, HEAD_DIM, BLOCK_D, grad_stride_c)
+    store(grad_qkv, token * grad_stride_n, active, at_v, dv, HEAD_DIM, BLOCK_D, grad_stride_c)
 
 
 def _grid(qkv: Tensor, num_heads: int, category_size: int, block: int) -> tuple[tuple[int, int], int]:
