@@ -21,7 +21,7 @@ from ppsr.options import read_yaml
 from ppsr.purity import Share, shares
 from ppsr.report import Table
 from ppsr.version import __version__
-from ppsr.weights import load_into, read_checkpoint
+from ppsr.weights import load_into, read_checkpoint, resolve
 
 __all__ = ['ablation_methods', 'ablation_table', 'benchmark_table', 'cost_table', 'make', 'methods_of']
 
@@ -48,10 +48,12 @@ CONTROLS = {'lowest variance': 'variance', 'random': 'random'}
 Records = dict[tuple[str, str], list[dict]]
 
 
-def methods_of(scale: int, weights: Sequence[Path], options: Sequence[Path] = ()) -> list[Method]:
+def methods_of(scale: int, weights: Sequence[str | Path], options: Sequence[Path] = ()) -> list[Method]:
     """The methods of a scale: bicubic, the rivals as published, and the networks of further options files.
 
-    A network gets the first of the weight files that says it was made for its type, or else the first that fits.
+    Args:
+        weights: weight files. 'LABEL=FILE' is for the network of that label alone; of the others a network gets the
+            first that says it was made for its type, or else the first that fits.
 
     Raises:
         UserError: an options file or a weight file that cannot be used.
@@ -67,23 +69,30 @@ def methods_of(scale: int, weights: Sequence[Path], options: Sequence[Path] = ()
             raise UserError(f'options file {path}: the name {label!r} is taken by another row of the tables.')
         if network.get('upscale', 4) == scale:
             networks[label] = network
-    rows = [Method(label, scale, network, _weights_for(network, weights)) for label, network in networks.items()]
-    return [Method(BICUBIC, scale), *rows]
+    own: dict[str, list[Path]] = {}
+    for entry in weights:
+        label, _, path = str(entry).partition('=')
+        own.setdefault(label if label in networks else '', []).append(Path(path if label in networks else entry))
+    methods = [Method(BICUBIC, scale)]
+    for label, network in networks.items():
+        found = (_first_fitting(network, own.get(key, [])) for key in (label, ''))
+        methods.append(Method(label, scale, network, next(filter(None, found), None)))
+    return methods
 
 
-def _weights_for(network: dict, weights: Sequence[Path]) -> Path | None:
+def _first_fitting(network: dict, weights: Sequence[Path]) -> Path | None:
     net = complexity.build_network(network)
-    fitting, own = [], []
+    fitting, of_its_type = [], []
     for path in weights:
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(resolve(path))
         try:
             load_into(net, checkpoint)
         except UserError:
             continue  # of another arch or scale: somebody else's row
-        fitting.append(path)
+        fitting.append(checkpoint.path)
         if (checkpoint.config or {}).get('type') == network['type']:
-            own.append(path)
-    return next(iter(own + fitting), None)
+            of_its_type.append(checkpoint.path)
+    return next(iter(of_its_type + fitting), None)
 
 
 def ablation_methods(base: Method) -> list[Method]:
@@ -236,7 +245,7 @@ def make(
     data: str | Path,
     output: str | Path,
     cache: str | Path,
-    weights: Sequence[Path],
+    weights: Sequence[str | Path],
     scales: Sequence[int] = (2, 3, 4),
     options: Sequence[Path] = (),
     ablate_on: Sequence[str] | None = None,
@@ -248,7 +257,7 @@ def make(
         data: folder with the benchmarks, in any layout that ``ppsr prepare`` knows.
         output: folder for .md, .csv, .tex, .png and .pdf files and a README.md that shows them.
         cache: file of the records.
-        weights: weight files, each used for the networks that it fits.
+        weights: weight files (:func:`methods_of`).
         scales: of the tables.
         options: options files whose networks become further rows.
         ablate_on: data sets of the ablations and controls, made where there are weights of PP-ATD-light; None = all.

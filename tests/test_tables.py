@@ -175,6 +175,16 @@ def test_weights_of_the_own_type_come_first(weights, tmp_path):
     assert (found['ATD-light'], found['PP-ATD-light']) == (dense, weights)
 
 
+def test_weights_may_be_given_to_a_label(weights, tmp_path):
+    bare = tmp_path / 'x=2.pth'  # a BasicSR file does not say what it was made for
+    save_checkpoint(bare, PPATDLight(upscale=2, **TINY_NETWORK).state_dict())
+    other = tmp_path / 'other.pth'
+    save_checkpoint(other, PPATDLight(upscale=2, **TINY_NETWORK).state_dict())
+    found = {m.label: m.weights for m in tables.methods_of(2, [other, f'PP-ATD-light={bare}'])}
+    assert (found['ATD-light'], found['PP-ATD-light']) == (other, bare)
+    assert tables.methods_of(2, [bare])[1].weights == bare
+
+
 def test_all_files_are_written_and_say_what_is_missing(data, weights, tmp_path, capsys):
     output = tmp_path / 'tables'
     command = ['tables', '--data', str(data), '--weights', str(weights), '-o', str(output), '--scales', '2', '4']

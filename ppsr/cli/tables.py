@@ -16,8 +16,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--weights',
         nargs='+',
-        metavar='FILE',
-        help='weight files, each used for the networks that it fits (default: the shipped ones)',
+        metavar='[LABEL=]FILE',
+        help='weight files, for the network of that label or for those that they fit (default: the shipped ones)',
     )
     parser.add_argument('-opt', nargs='+', default=[], metavar='YML', help='options files whose networks become rows')
     parser.add_argument('--scales', nargs='+', type=int, default=[2, 3, 4], metavar='N', help='default: 2 3 4')
@@ -38,11 +38,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ppsr.errors import UserError
     from ppsr.tables import make
-    from ppsr.weights import list_pretrained, resolve
+    from ppsr.weights import list_pretrained
 
     if min(args.scales) < 1:
         raise UserError(f'--scales {min(args.scales)}: a scale is at least 1.')
-    weights = [resolve(path) for path in args.weights] if args.weights else list(list_pretrained().values())
+    weights = args.weights or list(list_pretrained().values())
     command = shlex.join(['ppsr', *sys.argv[1:]])
     options = [Path(path) for path in args.opt]
     make(args.data, args.output, args.cache, weights, args.scales, options, args.ablations, command)
