@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, MODEL_REGISTRY
+from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 
 from ppsr.errors import UserError
 
@@ -26,6 +26,7 @@ TRAIN_KEYS = ('total_iter', 'warmup_iter', 'ema_decay', 'optim_g', 'scheduler', 
 TRAIN_KEYS += ('auxiliary_weights', 'grad_clip_norm', 'amp', 'max_nonfinite')
 LOGGER_KEYS = ('print_freq', 'save_checkpoint_freq', 'keep_last', 'use_tb_logger', 'wandb')
 AMP = ('bf16', 'fp16')
+MAX_ENTRIES = 100_000  # far more than any options file has
 REQUIRED = {
     'name': str,
     'model_type': str,
@@ -126,6 +127,24 @@ def _force(opt: dict, entries: Sequence[str]) -> None:
             raise UserError(f'--force_yml {entry!r}: the value is not valid YAML.') from e
 
 
+def _check_tree(opt: dict, path: str | Path) -> None:
+    """Refuse what no options file needs and BasicSR's code would stumble over: keys that are not text, and aliases that
+    unfold without end (`a: &a [*a]`) or into more than memory holds."""
+    waiting, seen = [opt], 0
+    while waiting:
+        node = waiting.pop()
+        seen += 1
+        if seen > MAX_ENTRIES:
+            raise UserError(f'options file {path} unfolds into more than {MAX_ENTRIES} entries; are its aliases right?')
+        if isinstance(node, dict):
+            for key in node:
+                if not isinstance(key, str):
+                    raise UserError(f'options file {path}: the key {key!r} is not text; put it in quotes.')
+            waiting.extend(node.values())
+        elif isinstance(node, (list, tuple, set)):
+            waiting.extend(node)
+
+
 def _require(opt: dict, required: dict, path: str | Path) -> None:
     for keys, kind in required.items():
         node = opt
@@ -181,12 +200,14 @@ def load_options(
     """
     opt = read_yaml(path)
     _force(opt, force_yml)
+    _check_tree(opt, path)
     _require(opt, REQUIRED | (REQUIRED_TRAIN if is_train else REQUIRED_TEST), path)
     _plain(opt['name'], f'options file {path}: name')
     check_network(opt['network_g'], f'options file {path}: network_g')
     if opt['model_type'] not in MODEL_REGISTRY:
         raise UserError(f'options file {path}: model_type: {opt["model_type"]!r} is not a registered model.')
-    upscale = opt['network_g'].get('upscale', opt['scale'])
+    own = network_arguments(ARCH_REGISTRY.get(opt['network_g']['type'])).get('upscale')
+    upscale = opt['network_g'].get('upscale', opt['scale'] if own is None else own.default)
     if upscale != opt['scale']:
         raise UserError(f'options file {path}: scale is {opt["scale"]} but network_g → upscale is {upscale}.')
     opt['val'] = _checked_val(opt.get('val'), is_train, path)
@@ -201,6 +222,7 @@ def load_options(
             f'options file {path}: num_gpu is {opt["num_gpu"]}, but {torch.cuda.device_count()} are visible to torch; '
             'write num_gpu: auto, or 0 for the CPU.'
         )
+    _at_least(opt, 'manual_seed', 0, f'options file {path}', int)
     if opt.get('manual_seed') is None:
         opt['manual_seed'] = random.randint(1, 10000)
     if debug and not opt['name'].startswith('debug'):
@@ -227,14 +249,28 @@ def _checked_val(val: dict | None, is_train: bool, path) -> dict | None:
     _known(val, VAL_KEYS, f'options file {path}: val')
     if is_train and not isinstance(val.get('val_freq'), (int, float)):
         raise UserError(f'options file {path}: val → val_freq must be a number, not {val.get("val_freq")!r}.')
+    if not isinstance(val.get('metrics') or {}, dict):
+        raise UserError(f'options file {path}: val → metrics must be a mapping of metrics, not {val["metrics"]!r}.')
     for name, metric in (val.get('metrics') or {}).items():
-        if not isinstance(metric, dict) or 'type' not in metric:
-            raise UserError(f'options file {path}: val → metrics → {name} must be a mapping with a type.')
+        _check_metric(metric, f'options file {path}: val → metrics → {name}')
     val.setdefault('save_img', False)
     val.setdefault('suffix', None)
     if val['suffix'] is not None:
         _plain(val['suffix'], f'options file {path}: val → suffix')
     return val
+
+
+def _check_metric(metric, where: str) -> None:
+    if not isinstance(metric, dict) or not isinstance(metric.get('type'), str):
+        raise UserError(f'{where} must be a mapping with a type.')
+    if metric['type'] not in METRIC_REGISTRY:
+        known = ', '.join(name for name, _ in METRIC_REGISTRY)
+        raise UserError(f'{where}: type: {metric["type"]!r} is not a registered metric; those there are {known}.')
+    arguments = inspect.signature(METRIC_REGISTRY.get(metric['type'])).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in arguments.values()):
+        _known(metric, ['type', 'better', *arguments], where)
+    if metric.get('better', 'higher') not in ('higher', 'lower'):
+        raise UserError(f'{where}: better must be higher or lower, not {metric["better"]!r}.')
 
 
 def _check_training(opt: dict, path) -> None:
@@ -247,6 +283,9 @@ def _check_training(opt: dict, path) -> None:
     _at_least(train, 'grad_clip_norm', None, f'{where}: train')
     _at_least(train, 'max_nonfinite', 1, f'{where}: train', int)
     _at_least(train, 'ema_decay', 0, f'{where}: train')
+    if (train.get('ema_decay') or 0) >= 1:
+        raise UserError(f'{where}: train → ema_decay must be below 1, not {train["ema_decay"]!r}.')
+    _at_least(train, 'warmup_iter', -1, f'{where}: train')
     for key in ('print_freq', 'save_checkpoint_freq'):
         _at_least(logger, key, 1, f'{where}: logger')
     _at_least(logger, 'keep_last', 1, f'{where}: logger', int)
@@ -274,6 +313,8 @@ def _at_least(section: dict, key: str, least: float | None, where: str, kind=(in
 
 def _complete_datasets(opt: dict, is_train: bool, path) -> None:
     phases = ('train', 'val') if is_train else ('test', 'val')
+    # --force_yml datasets:test_4=~ leaves a data set out
+    opt['datasets'] = {phase: dataset for phase, dataset in opt['datasets'].items() if dataset is not None}
     for phase, dataset in opt['datasets'].items():
         where = f'options file {path}: datasets → {phase}'
         kind = str(phase).split('_')[0]
@@ -281,7 +322,7 @@ def _complete_datasets(opt: dict, is_train: bool, path) -> None:
             raise UserError(f'{where}: a data set here is called {" or ".join(phases)} (and val_2, …).')
         if not isinstance(dataset, dict):
             raise UserError(f'{where} must be a mapping, not {dataset!r}.')
-        if dataset.get('type') not in DATASET_REGISTRY:
+        if not isinstance(dataset.get('type'), str) or dataset['type'] not in DATASET_REGISTRY:
             raise UserError(f'{where}: type: {dataset.get("type")!r} is not a registered data set.')
         dataset.setdefault('name', phase)
         _plain(dataset['name'], f'{where}: name')
@@ -296,7 +337,12 @@ def _complete_paths(opt: dict, root: Path, is_train: bool) -> None:
     paths = opt['path']
     for key in ('pretrain_network_g', 'resume_state'):
         if paths.get(key) is not None:
+            if not isinstance(paths[key], str):
+                raise UserError(f'path → {key} must be the path of a file, not {paths[key]!r}.')
             paths[key] = str(Path(paths[key]).expanduser())
+    ignored = paths.get('ignore_resume_networks')
+    if ignored is not None and not isinstance(ignored, list):
+        raise UserError(f'path → ignore_resume_networks must be a list of networks, not {ignored!r}.')
     paths.setdefault('param_key_g', 'params_ema')
     if is_train:
         folder = root / 'experiments' / opt['name']

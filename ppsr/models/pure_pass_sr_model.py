@@ -4,6 +4,7 @@ import contextlib
 import json
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -61,7 +62,8 @@ class PurePassSRModel(SRModel):
         self.nonfinite = 0  # steps skipped so far
         self.best_metric_results: dict = {}
         self.stop_requested = lambda: False  # the training loop's; a validation ends early when it says so
-        super().__init__(opt)
+        with _as_user_error('the model cannot be built from these options'):
+            super().__init__(opt)
         net = self.get_bare_model(self.net_g)
         if hasattr(net, 'macs') and opt['rank'] == 0:
             h, w = (side // opt['scale'] for side in STATIC_OUTPUT)
@@ -82,6 +84,14 @@ class PurePassSRModel(SRModel):
             devices = [torch.cuda.current_device()] if self.device.type == 'cuda' else None  # None: CPU with gloo
             return DistributedDataParallel(net, device_ids=devices, find_unused_parameters=unused)
         return DataParallel(net) if self.opt['num_gpu'] > 1 else net
+
+    def setup_optimizers(self):
+        with _as_user_error('train → optim_g'):
+            super().setup_optimizers()
+
+    def setup_schedulers(self):
+        with _as_user_error('train → scheduler'):
+            super().setup_schedulers()
 
     def get_optimizer(self, optim_type, params, lr, **kwargs):
         if optim_type not in OPTIMIZERS:
@@ -282,7 +292,8 @@ class PurePassSRModel(SRModel):
             self.test()
             images = self._as_images()
             for metric, options in metrics.items():
-                sums[metric] += calculate_metric(images, dict(options))
+                with _as_user_error(f'val → metrics → {metric}'):
+                    sums[metric] += calculate_metric(images, dict(options))
             for statistic, value in self.statistics.items():
                 sums[statistic] = sums.get(statistic, 0.0) + value
             if save_img:
@@ -330,6 +341,15 @@ class PurePassSRModel(SRModel):
         for key in self.metric_results:
             start = float('-inf') if better[key] == 'higher' else float('inf')
             record.setdefault(key, {'better': better[key], 'val': start, 'iter': -1})
+
+
+@contextlib.contextmanager
+def _as_user_error(where: str) -> Iterator[None]:
+    """What networks, losses, optimizers and metrics say of a value that they do not take, as one sentence."""
+    try:
+        yield
+    except (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as e:
+        raise UserError(f'{where}: {str(e) or type(e).__name__}'.rstrip('.') + '.') from e
 
 
 def _write_image(path: Path, bgr: np.ndarray) -> None:
