@@ -193,8 +193,8 @@ def test_host_reads_nothing_back_and_sorts_once(interpreter):
 
 # name: (images, height, width, heads, head dim, window, shift)
 WINDOWS = {
-    'published window': (1, 16, 16, 1, 12, 16, 0),
-    'several windows, shifted': (2, 8, 12, 2, 5, 4, 2),
+    'no shift': (1, 6, 12, 1, 12, 6, 0),
+    'two images, two heads': (2, 4, 8, 2, 5, 4, 2),
     'shift by one, blocks without a pair': (1, 9, 18, 1, 16, 9, 1),
     'side no power of two, one column of windows': (1, 14, 7, 1, 12, 7, 3),
     'windows of one': (1, 2, 2, 1, 5, 1, 0),
