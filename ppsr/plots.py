@@ -46,7 +46,10 @@ def quality_against_cost(path: Path, scale: int, families: dict[str, list[str]],
         figure = Figure((3.2 * len(names), 3.4), layout='constrained')
         axes = figure.subplots(1, len(names), squeeze=False)
         for axis, name in zip(axes[0], names):
-            groups = {family: [varied[label, name] for label in labels] for family, labels in families.items()}
+            groups = {
+                family: [varied[label, name] for label in labels if (label, name) in varied]
+                for family, labels in families.items()
+            }
             groups |= {label: [records[label, name]] for label in rivals if 'macs' in records[label, name][0]}
             for i, (family, members) in enumerate(groups.items()):
                 points = [
@@ -61,7 +64,7 @@ def quality_against_cost(path: Path, scale: int, families: dict[str, list[str]],
             axis.margins(0.12)
             axis.ticklabel_format(useOffset=False)
         axes[0][0].set_ylabel(f'PSNR on Y, ×{scale} (dB)')
-        handles, labels = axes[0][0].get_legend_handles_labels()
+        handles, labels = axes[0][0].get_legend_handles_labels()  # the first data set has every variant
         figure.legend(
             handles, labels, loc='outside lower center', ncols=min(len(labels), 2 * len(names)), handletextpad=0.2
         )

@@ -23,7 +23,15 @@ from ppsr.report import Table
 from ppsr.version import __version__
 from ppsr.weights import load_into, read_checkpoint, resolve
 
-__all__ = ['ablation_methods', 'ablation_table', 'benchmark_table', 'cost_table', 'make', 'methods_of']
+__all__ = [
+    'ablation_methods',
+    'benchmark_table',
+    'control_methods',
+    'cost_table',
+    'make',
+    'methods_of',
+    'variant_table',
+]
 
 NOT_AVAILABLE, NO_WEIGHTS, NO_DATA = 'not available', 'no weights', 'no data'
 BICUBIC, DENSE, CAMIXER, PURE_PASS = 'bicubic', 'ATD-light', 'CAMixer-ATD-light', 'PP-ATD-light'
@@ -96,12 +104,16 @@ def _first_fitting(network: dict, weights: Sequence[Path]) -> Path | None:
 
 
 def ablation_methods(base: Method) -> list[Method]:
-    """The dense network, the default, each change and each control, all on the weights of `base` (PP-ATD-light)."""
+    """The dense network, the default and each change, all on the weights of `base` (PP-ATD-light)."""
+    changed = [replace(base, label=label, network=base.network | change) for label, change in CHANGES.items()]
+    return [*control_methods(base)[:2], *changed]
+
+
+def control_methods(base: Method) -> list[Method]:
+    """The dense network, the default, and each control, all on the weights of `base` (PP-ATD-light)."""
     dense = {name: value for name, value in base.network.items() if not name.startswith('pp_')} | {'type': 'ATDLight'}
-    methods = [replace(base, label='dense', network=dense), replace(base, label='default')]
-    methods += [replace(base, label=label, network=base.network | change) for label, change in CHANGES.items()]
-    methods += [replace(base, label=label, control=control) for label, control in CONTROLS.items()]
-    return methods
+    controls = [replace(base, label=label, control=control) for label, control in CONTROLS.items()]
+    return [replace(base, label='dense', network=dense), replace(base, label='default'), *controls]
 
 
 def _families() -> dict[str, list[str]]:
@@ -180,8 +192,8 @@ def _published(label: str, scale: int, name: str) -> list:
     return list(published.quality(label, scale, name) or (NOT_AVAILABLE, NOT_AVAILABLE))
 
 
-def ablation_table(scale: int, methods: Sequence[Method], records: Records) -> Table:
-    """One row per data set and variant: pure pixels, saving, quality, and the difference from the dense network."""
+def variant_table(caption: str, methods: Sequence[Method], records: Records) -> Table:
+    """One row per data set and variant: exempt tokens, saving, quality, and the difference from the dense network."""
     rows = []
     for name in dict.fromkeys(name for _, name in records):
         dense = records['dense', name]
@@ -196,7 +208,7 @@ def ablation_table(scale: int, methods: Sequence[Method], records: Records) -> T
         ['data set', 'variant', 'exempt (%)', 'saved (%)', 'PSNR (dB)', 'SSIM', 'from dense (mdB)', 'std. error (mdB)'],
         rows,
         ['', '', '.2f', '.2f', '.4f', '.5f', '+.1f', '.1f'],
-        f'×{scale}: PP-ATD-light with one thing changed at a time, and controls with another mask of the same share',
+        caption,
         [
             'exempt: share of the tokens of the padded image, mean. saved: of the multiply-adds of the dense network, '
             'together over the data set. from dense: mean over the images of the difference in PSNR, in thousandths '
@@ -260,7 +272,8 @@ def make(
         weights: weight files (:func:`methods_of`).
         scales: of the tables.
         options: options files whose networks become further rows.
-        ablate_on: data sets of the ablations and controls, made where there are weights of PP-ATD-light; None = all.
+        ablate_on: data sets of the ablations, made where there are weights of PP-ATD-light; None = all. Controls
+            are on all data sets; an empty list makes neither.
         command: what to name in the README as the way these were made.
 
     Returns:
@@ -289,12 +302,7 @@ def make(
         base = next(method for method in methods if method.label == PURE_PASS)
         found += _pure_pass_plots(folder, scale, base, records)
         if varied_sets and base.weights is not None:
-            variants = ablation_methods(base)
-            varied = measure(variants, varied_sets, records_file, f'×{scale} ablations')
-            _write_table(folder, f'ablations_x{scale}', ablation_table(scale, variants, varied))
-            found.append((f'ablations_x{scale}', f'Ablations and controls ×{scale}'))
-            plots.quality_against_cost(folder / f'psnr_gmacs_x{scale}', scale, _families(), varied, records)
-            found.append((f'psnr_gmacs_x{scale}.png', ''))
+            found += _variants(folder, scale, base, data_sets, varied_sets, records, records_file)
         if varied_sets:
             grid = _grid(varied_sets, scale)
             _write_table(folder, f'purity_x{scale}', _grid_table(scale, grid))
@@ -305,6 +313,26 @@ def make(
     sections.insert(0, ('cost', 'Cost'))
     _write(folder, 'README.md', _readme(folder, sections, everything, command))
     return [name for name, _ in sections]
+
+
+def _variants(
+    folder: Path, scale: int, base: Method, all_sets: dict, varied_sets: dict, benchmarks: Records, cache: Cache
+) -> list[tuple[str, str]]:
+    """Controls on all data sets, ablations on some; a plot of both."""
+    controls, changes = control_methods(base), ablation_methods(base)
+    records = measure(controls, all_sets, cache, f'×{scale} controls')
+    caption = f'×{scale}: the mask of Pure-Pass, and others that exempt exactly as many tokens of each image'
+    _write_table(folder, f'controls_x{scale}', variant_table(caption, controls, records))
+    varied = measure(changes, varied_sets, cache, f'×{scale} ablations')
+    caption = f'×{scale}: PP-ATD-light with one thing changed at a time (default: K = 8, w = 5, shift 2, value)'
+    _write_table(folder, f'ablations_x{scale}', variant_table(caption, changes, varied))
+    plot = f'psnr_gmacs_x{scale}'
+    plots.quality_against_cost(folder / plot, scale, _families(), records | varied, benchmarks)
+    return [
+        (f'controls_x{scale}', f'Controls ×{scale}: which pixels are exempt'),
+        (f'ablations_x{scale}', f'Ablations ×{scale}'),
+        (f'{plot}.png', ''),
+    ]
 
 
 def _pure_pass_plots(folder: Path, scale: int, base: Method, records: Records) -> list[tuple[str, str]]:

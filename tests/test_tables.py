@@ -206,16 +206,18 @@ def test_all_files_are_written_and_say_what_is_missing(data, weights, tmp_path, 
     assert float(measured['PSNR (dB)']) > 5 and float(measured['against ATD-light (%)']) < 0
     with open(output / 'ablations_x2.csv', newline='') as file:
         ablations = list(csv.DictReader(file))
-    variants = ['dense', 'default', 'fusion off', 'zero', 'lowest variance', 'random']
-    assert [row['variant'] for row in ablations] == variants * 2
-    exempt = {row['variant']: row['exempt (%)'] for row in ablations[:6]}
+    assert [row['variant'] for row in ablations] == ['dense', 'default', 'fusion off', 'zero'] * 2
+    with open(output / 'controls_x2.csv', newline='') as file:
+        controls = list(csv.DictReader(file))
+    assert [row['variant'] for row in controls] == ['dense', 'default', 'lowest variance', 'random'] * 2
+    exempt = {row['variant']: row['exempt (%)'] for row in ablations[:4] + controls[:4]}
     assert exempt['default'] == exempt['random'] == exempt['lowest variance'] != exempt['fusion off']
     assert not (output / 'ablations_x4.csv').exists()
     readme = (output / 'README.md').read_text()
     for name in ('psnr_gmacs_x2', 'pure_share_x2', 'saving_share_x4', 'purity_grid_x4'):
         assert f'({name}.png)' in readme
         assert Image.open(output / f'{name}.png').size[0] > 600 and (output / f'{name}.pdf').stat().st_size > 1000
-    assert 'pp.safetensors' in readme and '## Ablations and controls ×2' in readme
+    assert 'pp.safetensors' in readme and '## Ablations ×2' in readme
     assert '\\toprule' in (output / 'cost.tex').read_text()
 
 

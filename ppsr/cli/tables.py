@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         '--ablations',
         nargs='*',
         metavar='NAME',
-        help='data sets of the ablations and controls (default: all; without a name: no ablations)',
+        help='data sets of the ablations (default: all; without a name: neither ablations nor controls)',
     )
     parser.add_argument(
         '--cache',
