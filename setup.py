@@ -85,6 +85,8 @@ setup(
         'safetensors',
         'pillow',
         'tifffile',
+        'imagecodecs',
+        'psutil',
         'tqdm',
         'matplotlib',
         'basicsr==1.4.2',

@@ -16,6 +16,7 @@ import yaml
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 
 from ppsr.errors import UserError
+from ppsr.tiling import DEFAULT_OVERLAP, check_tiles
 
 __all__ = ['check_network', 'load_options', 'network_arguments', 'read_yaml']
 
@@ -253,6 +254,13 @@ def _checked_val(val: dict | None, is_train: bool, path) -> dict | None:
         raise UserError(f'options file {path}: val → metrics must be a mapping of metrics, not {val["metrics"]!r}.')
     for name, metric in (val.get('metrics') or {}).items():
         _check_metric(metric, f'options file {path}: val → metrics → {name}')
+    for key in ('tile', 'tile_overlap'):
+        if val.get(key) is None:
+            val.pop(key, None)
+        elif type(val[key]) is not int:
+            raise UserError(f'options file {path}: val → {key} must be a number of LR pixels, not {val[key]!r}.')
+    if 'tile' in val:
+        check_tiles(val['tile'], val.get('tile_overlap', DEFAULT_OVERLAP))
     val.setdefault('save_img', False)
     val.setdefault('suffix', None)
     if val['suffix'] is not None:

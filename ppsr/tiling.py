@@ -215,15 +215,21 @@ def _inner(start: int, length: int, overlap: int) -> slice:
 
 
 def tiled_forward(
-    net, lq: Tensor, tile: int = 0, overlap: int = DEFAULT_OVERLAP, on_tile: Callable[[], None] | None = None
+    net,
+    lq: Tensor,
+    tile: int = 0,
+    overlap: int = DEFAULT_OVERLAP,
+    on_tile: Callable[[], None] | None = None,
+    scale: int | None = None,
 ) -> tuple[Tensor, Totals]:
     """The network on a batch of images, in tiles; whole when tile is 0 or the images are no larger than a tile.
 
     Args:
-        net: see :func:`run_network`; needs `net.upscale`.
+        net: see :func:`run_network`.
         lq: (B, 3, H, W) in [0, 1], on any device: tiles are moved to the network's, one at a time.
         tile, overlap: side of a tile and shared pixels, in input pixels.
         on_tile: called after each tile.
+        scale: of the network; None = `net.upscale`.
 
     Returns:
         sr (B, 3, s·H, s·W) on the device of `lq`, and the :class:`Totals` of the batch.
@@ -237,7 +243,7 @@ def tiled_forward(
         net,
         lambda rows, columns: lq[..., rows, columns].to(parameter.device),
         tuple(lq.shape[-2:]),
-        net.upscale,
+        net.upscale if scale is None else scale,
         tile,
         overlap,
         totals,

@@ -128,6 +128,8 @@ def edit(opt: dict, keys: str, value) -> dict:
         ('val:tiles', 64, "unknown option 'tiles'"),
         ('val:metrics:psnr', 3, 'must be a mapping with a type'),
         ('val:suffix', '../x', 'becomes a file name'),
+        ('val:tile', '64', 'val → tile must be a number of LR pixels'),
+        ('val:tile', -1, 'tile=-1'),
         ('path:save_to', '/etc', "unknown option 'save_to'"),
         ('num_gpu', 99, 'visible to torch'),
         ('num_gpu', 'all', 'must be a number or auto'),

@@ -1,0 +1,164 @@
+"""PurePassSRModel as it validates: metrics and statistics against direct computation, tiles, modes, records."""
+
+import logging
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from basicsr.data import build_dataloader, build_dataset
+from basicsr.metrics import calculate_psnr, calculate_ssim
+from basicsr.models import build_model
+from conftest import TINY
+
+from ppsr.data.bicubic import imresize_bicubic
+
+SIZES = [(36, 44), (52, 40)]  # HR
+
+
+@pytest.fixture
+def opt(tmp_path):
+    rng = np.random.default_rng(0)
+    for i, (h, w) in enumerate(SIZES):
+        hr = rng.integers(0, 256, (h // 4, w // 4, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+        hr[: h // 2] = 40 * i + 30  # a flat half: pure
+        for folder, img in (('HR', hr), ('LRbicx2', imresize_bicubic(hr, 2))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            cv2.imwrite(str(tmp_path / folder / f'{i}.png'), img)
+    metric = {'crop_border': 2, 'test_y_channel': True}
+    return {
+        'name': 'validation',
+        'model_type': 'PurePassSRModel',
+        'scale': 2,
+        'num_gpu': 0,
+        'is_train': False,
+        'dist': False,
+        'rank': 0,
+        'world_size': 1,
+        'network_g': {'type': 'PPATDLight', **TINY},
+        'path': {'visualization': str(tmp_path / 'visualization')},
+        'val': {
+            'metrics': {'psnr': {'type': 'calculate_psnr', **metric}, 'ssim': {'type': 'calculate_ssim', **metric}}
+        },
+    }
+
+
+def loader_of(tmp_path):
+    dataset_opt = {
+        'name': 'tiny',
+        'type': 'PairedSRDataset',
+        'phase': 'val',
+        'scale': 2,
+        'dataroot_gt': str(tmp_path / 'HR'),
+        'dataroot_lq': str(tmp_path / 'LRbicx2'),
+        'io_backend': {'type': 'disk'},
+    }
+    return build_dataloader(build_dataset(dataset_opt), dataset_opt, num_gpu=0, dist=False)
+
+
+def by_hand(model, loader) -> dict:
+    """The same means, written down once more without the model's machinery."""
+    net, rows = model.net_g, []
+    for data in loader:
+        with torch.no_grad():
+            sr, mask = net.eval()(data['lq'], return_mask=True)
+        h, w = data['lq'].shape[-2:]
+        sr, gt = (np.round(x[0].clamp(0, 1).numpy().transpose(1, 2, 0)[..., ::-1] * 255) for x in (sr, data['gt']))
+        macs, dense = sum(net.macs(h, w, mask).values()), sum(net.macs(h, w).values())
+        rows.append(
+            {
+                'psnr': calculate_psnr(sr, gt, 2, test_y_channel=True),
+                'ssim': calculate_ssim(sr, gt, 2, test_y_channel=True),
+                'pure_percent': 100 * mask[:, :h, :w].float().mean().item(),
+                'gmacs': macs / 1e9,
+                'gmacs_saved_percent': 100 * (1 - macs / dense),
+            }
+        )
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
+
+def test_metrics_and_statistics_are_means_over_the_images(opt, tmp_path):
+    model, loader = build_model(opt), loader_of(tmp_path)
+    model.validation(loader, 7, None, save_img=True)
+    assert model.metric_results == pytest.approx(by_hand(model, loader), rel=1e-5)
+    assert 10 < model.metric_results['pure_percent'] < 90 and model.metric_results['gmacs_saved_percent'] > 0
+    record = model.best_metric_results['tiny']
+    assert set(record) == {'psnr', 'ssim', 'pure_percent', 'gmacs', 'gmacs_saved_percent'}
+    assert all(record[key]['iter'] == 7 and record[key]['val'] == model.metric_results[key] for key in record)
+    saved = sorted((tmp_path / 'visualization' / 'tiny').iterdir())
+    assert [path.name for path in saved] == ['0_validation.png', '1_validation.png']
+    assert [cv2.imread(str(path)).shape[:2] for path in saved] == SIZES
+
+
+def test_best_records_keep_the_best(opt, tmp_path):
+    model, loader = build_model(opt), loader_of(tmp_path)
+    model.validation(loader, 1, None)
+    first = dict(model.metric_results)
+    with torch.no_grad():
+        model.net_g.upsample[0].bias += 0.5  # ruins every pixel; what is pure stays
+    model.validation(loader, 2, None)
+    assert model.metric_results['psnr'] < first['psnr']
+    record = model.best_metric_results['tiny']
+    assert record['psnr']['val'] == first['psnr'] and record['psnr']['iter'] == 1
+    assert record['gmacs']['val'] == pytest.approx(first['gmacs'])
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_the_network_is_left_in_the_mode_it_was_found_in(opt, tmp_path, training):
+    model = build_model(opt)
+    model.net_g.train(training)
+    model.validation(loader_of(tmp_path), 1, None)
+    assert model.net_g.training is training
+
+
+def test_tiles_are_off_by_default_and_cost_what_they_cost(opt, tmp_path):
+    loader = loader_of(tmp_path)
+    torch.manual_seed(0)
+    whole = build_model(opt)
+    whole.validation(loader, 1, None)
+    opt['val'].update(tile=16, tile_overlap=4)
+    torch.manual_seed(0)
+    tiled = build_model(opt)
+    tiled.validation(loader, 1, None)
+    assert tiled.metric_results['psnr'] == pytest.approx(whole.metric_results['psnr'], abs=1.0)
+    assert tiled.metric_results['gmacs'] > whole.metric_results['gmacs']  # tiles overlap
+
+
+def test_tensorboard_and_log_have_the_statistics(opt, tmp_path, caplog):
+    written = {}
+
+    class Board:
+        def add_scalar(self, name, value, step):
+            written[name] = (value, step)
+
+    model = build_model(opt)
+    logger = logging.getLogger('basicsr')
+    logger.setLevel(logging.INFO)
+    logger.addHandler(caplog.handler)
+    try:
+        model.validation(loader_of(tmp_path), 5, Board())
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert {f'metrics/tiny/{key}' for key in model.metric_results} == set(written)
+    assert written['metrics/tiny/gmacs'] == (model.metric_results['gmacs'], 5)
+    for key in ('psnr', 'pure_percent', 'gmacs_saved_percent'):
+        assert f'# {key}: {model.metric_results[key]:.4f}' in caplog.text
+
+
+def test_parameters_and_gmacs_are_logged_when_built(opt, caplog):
+    logger = logging.getLogger('basicsr')
+    logger.setLevel(logging.INFO)
+    logger.addHandler(caplog.handler)
+    try:
+        model = build_model(opt)
+    finally:
+        logger.removeHandler(caplog.handler)
+    gmacs = sum(model.net_g.macs(360, 640).values()) / 1e9
+    assert f'22,520 parameters, {gmacs:.2f} GMACs for 1280×720 output (640×360 input)' in caplog.text
+
+
+def test_another_network_validates_without_statistics(opt, tmp_path):
+    opt['network_g'] = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1, 'upscale': 2}
+    model = build_model(opt)
+    model.validation(loader_of(tmp_path), 1, None)
+    assert set(model.metric_results) == {'psnr', 'ssim'}
