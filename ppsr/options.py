@@ -294,6 +294,8 @@ def _check_training(opt: dict, path) -> None:
     if (train.get('ema_decay') or 0) >= 1:
         raise UserError(f'{where}: train → ema_decay must be below 1, not {train["ema_decay"]!r}.')
     _at_least(train, 'warmup_iter', -1, f'{where}: train')
+    if isinstance(train.get('pixel_opt'), dict):
+        _at_least(train['pixel_opt'], 'loss_weight', 0, f'{where}: train → pixel_opt')
     for key in ('print_freq', 'save_checkpoint_freq'):
         _at_least(logger, key, 1, f'{where}: logger')
     _at_least(logger, 'keep_last', 1, f'{where}: logger', int)
