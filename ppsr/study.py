@@ -25,13 +25,13 @@ from ppsr.errors import UserError
 from ppsr.measure import Cache, evaluate, file_hash, quality
 from ppsr.options import PLAIN_NAME, read_yaml
 from ppsr.report import Table
-from ppsr.weights import save_checkpoint
+from ppsr.weights import load_model, save_checkpoint
 
 __all__ = ['load_study', 'patches', 'run', 'study_table']
 
 KEYS = ('name', 'scale', 'num_gpu', 'seeds', 'common', 'networks', 'data', 'train')
 DATA_KEYS = ('train', 'test', 'lq_size', 'batch_size')
-TIMED_PASSES = 3  # over a test set, after the one that measures quality; the fastest counts
+TIMED_PASSES = 3  # of every network over a test set; the fastest counts
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -135,19 +135,24 @@ def _train(opt: dict, label: str, seed: int, pairs: list[Pair]) -> tuple[torch.n
     return model.get_bare_model(getattr(model, 'net_g_ema', model.net_g)).eval(), time.perf_counter() - start
 
 
-def _seconds(net: torch.nn.Module, images: list[Pair]) -> float:
-    """Seconds per image for a pass over a test set: the fastest of several."""
-    inputs = [as_tensor(lq).to(next(net.parameters()).device) for lq, _ in images]
-    passes = []
+def _seconds(opt: dict, images: list[Pair], folder: Path) -> dict[str, float]:
+    """Seconds per image of every network on a test set. They take turns, so that another load on the machine meets all
+    of them, and the fastest pass of each counts."""
+    device = 'cuda' if opt['num_gpu'] != 0 and torch.cuda.is_available() else 'cpu'
+    inputs = [as_tensor(lq).to(device) for lq, _ in images]
+    files = {label: folder / f'{label}_{opt["seeds"][0]}.safetensors' for label in opt['networks']}
+    networks = {label: load_model(file, device=device) for label, file in files.items()}
+    passes: dict[str, list[float]] = {label: [] for label in networks}
     with torch.inference_mode():
         for _ in range(TIMED_PASSES):
-            start = time.perf_counter()
-            for x in inputs:
-                net(x)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            passes.append(time.perf_counter() - start)
-    return min(passes) / len(images)
+            for label, net in networks.items():
+                start = time.perf_counter()
+                for x in inputs:
+                    net(x)
+                if device == 'cuda':
+                    torch.cuda.synchronize()
+                passes[label].append(time.perf_counter() - start)
+    return {label: min(taken) / len(images) for label, taken in passes.items()}
 
 
 def _run_one(opt: dict, label: str, seed: int, train: list[Pair], test: dict[str, list[Pair]], folder: Path) -> dict:
@@ -157,7 +162,6 @@ def _run_one(opt: dict, label: str, seed: int, train: list[Pair], test: dict[str
     for name, images in test.items():
         records = [evaluate(net, lq, gt) for lq, gt in images]
         results['test'][name] = {key: mean(record[key] for record in records) for key in records[0]}
-        results['test'][name]['seconds'] = _seconds(net, images)
     return results
 
 
@@ -165,8 +169,8 @@ def run(opt: dict, folder: str | Path) -> dict[tuple[str, int], dict]:
     """All runs of a study that are not in `folder` yet; weights and results are kept there.
 
     Returns:
-        (label, seed) -> 'parameters', 'train_seconds', and 'test': data set -> means of psnr, ssim, pure, macs, …;
-        ('bicubic', 0) has psnr and ssim alone.
+        (label, seed) -> 'parameters', 'train_seconds', and 'test': data set -> means of psnr, ssim, pure, macs, …, and
+        'seconds' per image, which is told once for all seeds; ('bicubic', 0) has psnr and ssim alone.
 
     Raises:
         UserError: no images, or a folder that cannot be written.
@@ -193,6 +197,14 @@ def run(opt: dict, folder: str | Path) -> dict[tuple[str, int], dict]:
                 result = _run_one(opt, label, seed, train, test, folder)
                 cache.put(key, result)
             found[label, seed] = result
+    for name, images in test.items():
+        key = Cache.key(seconds=name, networks=opt['networks'], files=files['test'], passes=TIMED_PASSES)
+        seconds = cache.get(key)
+        if seconds is None:
+            seconds = _seconds(opt, images, folder)
+            cache.put(key, seconds)
+        for label, seed in found:
+            found[label, seed]['test'][name]['seconds'] = seconds[label]
     bicubic = {
         name: [quality(imresize_bicubic(lq, scale, up=True), gt, scale) for lq, gt in images]
         for name, images in test.items()
@@ -213,7 +225,7 @@ def study_table(opt: dict, found: dict[tuple[str, int], dict]) -> Table:
     rows = []
     first = next(iter(opt['networks']))
     for name, bicubic in found['bicubic', 0]['test'].items():
-        rows.append([name, 'bicubic', None, None, None, None, None, f'{bicubic["psnr"]:.3f}', None])
+        rows.append([name, 'bicubic', None, None, None, None, f'{bicubic["psnr"]:.3f}', None])
         for label in opt['networks']:
             runs = [found[label, seed] for seed in opt['seeds']]
             tests = [one['test'][name] for one in runs]
@@ -221,16 +233,15 @@ def study_table(opt: dict, found: dict[tuple[str, int], dict]) -> Table:
             against = [test - found[first, seed]['test'][name]['psnr'] for test, seed in zip(psnr, opt['seeds'])]
             rows.append(
                 [name, label, runs[0]['parameters'], 100 * mean(t['pure'] for t in tests)]
-                + [mean(t['macs'] for t in tests) / 1e9, mean(t['seconds'] for t in tests)]
-                + [mean(one['train_seconds'] for one in runs), _with_deviation(psnr, '.3f')]
+                + [mean(t['macs'] for t in tests) / 1e9, tests[0]['seconds'], _with_deviation(psnr, '.3f')]
                 + [None if label == first else _with_deviation(against, '+.3f')]
             )
     train, data = opt['train'], opt['data']
     return Table(
-        ['data set', 'network', 'parameters', 'pure (%)', 'GMACs per image', 'seconds per image', 'training (s)']
+        ['data set', 'network', 'parameters', 'pure (%)', 'GMACs per image', 'seconds per image']
         + ['PSNR (dB)', f'from {first} (dB)'],
         rows,
-        ['', '', ',', '.1f', '.3f', '.3f', '.0f', '', ''],
+        ['', '', ',', '.1f', '.3f', '.3f', '', ''],
         f'×{opt["scale"]}: {train["total_iter"]} steps of {data["batch_size"]} patches of '
         f'{data["lq_size"]}×{data["lq_size"]} LQ pixels; mean ± standard deviation over {len(opt["seeds"])} seeds',
     )
