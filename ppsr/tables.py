@@ -346,10 +346,10 @@ def _pure_pass_plots(folder: Path, scale: int, base: Method, records: Records) -
 def _readme(folder: Path, sections: list[tuple[str, str]], methods: list[Method], command: str) -> str:
     used = {m.weights: file_hash(m.weights)[:12] for m in methods if m.weights is not None}
     lines = ['# Tables', '', f'Made by `{command}` (ppsr {__version__}, torch {torch.__version__}).', '']
-    lines += [f'Weights: {path.name} (SHA-256 {digest}…), used for ' for path, digest in used.items()]
-    for i, path in enumerate(used, len(lines) - len(used)):
-        rows = [f'{m.label} ×{m.scale}' for m in methods if m.weights == path]
-        lines[i] += ', '.join(rows) + '.'
+    for path in dict.fromkeys(m.weights for m in methods if m.weights is not None):
+        rows = ', '.join(f'{m.label} ×{m.scale}' for m in methods if m.weights == path)
+        summary = read_checkpoint(path).facts.get('summary', '')
+        lines.append(f'Weights of {rows}: {path.name} (SHA-256 {file_hash(path)[:12]}…). {summary}'.rstrip())
     lines += ['', 'Low-resolution images are made from the HR images by the exact bicubic; PSNR and SSIM on Y, ']
     lines[-1] += 'crop = scale, whole images, 8 bits. Multiply-adds: [docs/flops.md](../flops.md). Each table is '
     lines[-1] += 'also there as `.csv` and `.tex`, each plot as `.pdf`.'
