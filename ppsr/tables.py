@@ -344,7 +344,6 @@ def _pure_pass_plots(folder: Path, scale: int, base: Method, records: Records) -
 
 
 def _readme(folder: Path, sections: list[tuple[str, str]], methods: list[Method], command: str) -> str:
-    used = {m.weights: file_hash(m.weights)[:12] for m in methods if m.weights is not None}
     lines = ['# Tables', '', f'Made by `{command}` (ppsr {__version__}, torch {torch.__version__}).', '']
     for path in dict.fromkeys(m.weights for m in methods if m.weights is not None):
         rows = ', '.join(f'{m.label} ×{m.scale}' for m in methods if m.weights == path)
