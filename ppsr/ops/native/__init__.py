@@ -18,12 +18,12 @@ __all__ = ['call', 'library', 'set_target', 'target', 'unavailable_reason']
 
 LIBRARY = Path(__file__).with_name('libppsr.so')
 
-_SIZES = 7 * [c_int64] + [c_int64]  # batch, ..., and the number of threads
+# Tensors, then sizes, the last of which is the number of threads.
 _SIGNATURES = {
-    'ppsr_window_forward': [*4 * [c_void_p], *_SIZES],
-    'ppsr_window_backward': [*7 * [c_void_p], *_SIZES],
-    'ppsr_category_forward': [*3 * [c_void_p], c_float, *4 * [c_void_p], *_SIZES[1:]],
-    'ppsr_category_backward': [*6 * [c_void_p], c_float, c_void_p, POINTER(c_double), *_SIZES[1:]],
+    'ppsr_window_forward': 4 * [c_void_p] + 8 * [c_int64],
+    'ppsr_window_backward': 7 * [c_void_p] + 8 * [c_int64],
+    'ppsr_category_forward': [*3 * [c_void_p], c_float, *4 * [c_void_p], *7 * [c_int64]],
+    'ppsr_category_backward': [*6 * [c_void_p], c_float, c_void_p, POINTER(c_double), *7 * [c_int64]],
 }
 
 
@@ -32,13 +32,13 @@ def _openmp_entry() -> int | None:
 
     A runtime of our own would make a second team of threads, and the two would spin against each other.
     """
-    paths = {}
+    paths = [None]  # whatever is loaded, where the linker can look there (macOS)
     if sys.platform == 'linux':
         with open('/proc/self/maps') as maps:
-            paths = {line.split(maxsplit=5)[-1].strip() for line in maps if 'omp' in line}
-        paths = {path for path in paths if Path(path).name.startswith(('libgomp', 'libomp', 'libiomp'))}
-    # torch's own first, should another package have loaded a second one
-    for path in sorted(paths, key=lambda path: ('torch' not in path, path)):
+            loaded = {line.split(maxsplit=5)[-1].strip() for line in maps if 'omp' in line}
+        paths = [path for path in loaded if Path(path).name.startswith(('libgomp', 'libomp', 'libiomp'))]
+        paths.sort(key=lambda path: ('torch' not in path, path))  # torch's own, should there be another
+    for path in paths:
         try:
             return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, c_void_p).value
         except (OSError, AttributeError):
