@@ -57,7 +57,7 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, for gray pic
 # measured to need (docs/upscale.md).
 SURELY_ENOUGH = 16 * 1024
 SAFETY = 1.25  # on the measured bytes per pixel
-SHARE_OF_FREE = 0.85  # of the free memory that is taken when no limit is given
+SHARE_OF_FREE = 0.85  # of the memory that is free or allowed; the rest is for the holes that a heap gets
 MAX_CALL = 2**23  # input pixels of one network call: tensors stay below 2³¹ elements, which all kernels can index
 READ_BYTES = 12  # per pixel while a picture is decoded: Pillow's copy and ours
 BAND_ROWS = 64
@@ -413,9 +413,10 @@ class Upscaler:
         fixed = result_bytes + self._working_bytes(pixels) if on_cpu else 0
         if self.tile is not None:
             return self.tile
-        budget = SHARE_OF_FREE * memory.free_memory(self.device)
+        free = memory.free_memory(self.device)
         if self.max_memory is not None:
-            budget = min(budget, self.max_memory - memory.used_memory(self.device))
+            free = min(free, self.max_memory - memory.used_memory(self.device))
+        budget = SHARE_OF_FREE * free
         room = budget - fixed
         area = height * width
         if area <= MAX_CALL and area * SURELY_ENOUGH <= room:

@@ -1,6 +1,7 @@
 """Enlarging pictures: kinds of input, memory, precision, threads, and the command with everything that can go wrong."""
 
 import dataclasses
+import doctest
 import errno
 import io
 import os
@@ -16,7 +17,7 @@ import torch
 from PIL import Image, ImageCms
 from torch import nn
 
-from ppsr import memory, upscaler
+from ppsr import memory, tiling, upscaler
 from ppsr.archs import ATDLight, PPATDLight
 from ppsr.batch import STREAM, Job, plan_jobs
 from ppsr.cli import main
@@ -587,10 +588,17 @@ def test_pure_pass_on_plain_weights_and_dense_on_ours(tmp_path, tiny, capsys):
 
 
 def test_it_works_out_of_the_box(tmp_path):
-    upscaler = Upscaler.from_pretrained(device='cpu')
+    up = Upscaler.from_pretrained(device='cpu')
     small = noise(4, 5, 3)
-    assert upscaler(small).shape == (16, 20, 3) and upscaler.scale == 4
+    assert up(small).shape == (16, 20, 3) and up.scale == 4
     # enlarging an image that is flat must give that colour, about; at its edge the network sees zeros beside it
     flat = np.full((24, 24, 3), 120, np.uint8)
-    assert np.abs(upscaler(flat)[32:-32, 32:-32].astype(int) - 120).max() <= 5
-    assert upscaler.stats.pure_share == 1 and dataclasses.is_dataclass(upscaler.stats)
+    assert np.abs(up(flat)[32:-32, 32:-32].astype(int) - 120).max() <= 5
+    assert up.stats.pure_share == 1 and dataclasses.is_dataclass(up.stats)
+
+
+def test_documented_examples_run():
+    for module in (upscaler, tiling, memory):
+        assert doctest.testmod(module).failed == 0
+    results = doctest.testfile('../docs/upscale.md')
+    assert results.attempted > 4 and results.failed == 0
