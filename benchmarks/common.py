@@ -1,0 +1,72 @@
+"""What the CPU benchmarks share: inputs, alternating timing, Markdown tables, a line about the machine."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+import torch
+from PIL import Image
+
+from ppsr.ops import use_backend
+
+
+def machine() -> str:
+    """One line: processor, cores, torch."""
+    model = platform.processor() or platform.machine()
+    if Path('/proc/cpuinfo').exists():
+        names = [line for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')]
+        model = names[0].split(':', 1)[1].strip() if names else model
+    return f'{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}'
+
+
+def photograph(name: str, height: int, width: int) -> torch.Tensor:
+    """A photograph that scikit-image ships, resized (bicubic, 8 bit) to (1, 3, height, width) in [0, 1]."""
+    path = next(Path(skimage.data.__file__).parent.glob(f'{name}.*'))
+    image = Image.open(path).convert('RGB').resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).astype(np.float32) / 255)[None]
+
+
+def noise(height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """(1, 3, height, width) in which no pixel is pure."""
+    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def alternate(cases: dict[str, Callable[[], object]], runs: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each case, run in turn (A B C A B C …), so that a drift of the machine meets all alike."""
+    seconds = {name: [] for name in cases}
+    for i in range(warmup + runs):
+        for name, run in cases.items():
+            start = time.perf_counter()
+            run()
+            if i >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def on(backend: str | None, run: Callable[[], object]) -> Callable[[], object]:
+    """`run` with one attention backend."""
+
+    def wrapped():
+        with use_backend(backend):
+            return run()
+
+    return wrapped
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """Median of the ratios a/b, pair by pair: both of a pair were measured next to each other."""
+    return statistics.median(x / y for x, y in zip(a, b))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column to the left, the others to the right."""
+    lines = [header, ['---', *['---:'] * (len(header) - 1)], *rows]
+    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)

@@ -1,0 +1,123 @@
+"""Inference on the CPU: every backend against the reference, dense against Pure-Pass, and the machine's bound.
+
+    python benchmarks/forward.py [--size 180 320] [--runs 5] [--backends native torch reference]
+
+Weights are random: time does not depend on them beyond which tokens meet in a group. One process, cases in turn,
+medians. The reference backend materialises every attention matrix, as the formulas say.
+"""
+
+import argparse
+import time
+
+import torch
+from common import alternate, machine, median, noise, on, photograph, ratio, table
+from torch.profiler import ProfilerActivity, profile
+
+from ppsr.archs import ATDLight, PPATDLight
+from ppsr.ops import dispatch
+
+PHOTOGRAPHS = ('astronaut', 'chelsea', 'coffee', 'rocket', 'motorcycle_left', 'hubble_deep_field')
+
+
+def networks() -> tuple[ATDLight, PPATDLight]:
+    torch.manual_seed(0)
+    pp = PPATDLight().eval()
+    dense = ATDLight().eval()
+    dense.load_state_dict(pp.state_dict())
+    return dense, pp
+
+
+def roofline(dense: ATDLight, height: int, width: int) -> tuple[float, str]:
+    """Lower bound of the forward time from measured sgemm and exp throughput of this machine; and how it was found."""
+    n = 1024
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    x = torch.randn(1 << 16).clamp_(-20, 0)  # in the L2 cache
+    out, c = torch.empty_like(x), torch.empty(n, n)
+    gemm = min(alternate({'gemm': lambda: torch.mm(a, b, out=c)}, 20, 3)['gemm'])
+    exp = min(alternate({'exp': lambda: [torch.exp(x, out=out) for _ in range(50)]}, 10, 2)['exp']) / 50
+    gmacs = n**3 / gemm / 1e9
+    gexps = x.numel() / exp / 1e9
+    macs = sum(dense.macs(height, width).values())
+    s = dense.window_size
+    tokens = -(-height // s) * s * (-(-width // s) * s)
+    layers = [layer for group in dense.layers for layer in group.residual_group.layers]
+    exps = 0
+    for layer in layers:
+        heads = layer.attn_win.num_heads
+        exps += tokens * (heads * (s * s + layer.attn_aca.category_size) + 2 * layer.attn_atd.num_tokens)
+    bound = macs / 1e9 / gmacs + exps / 1e9 / gexps
+    text = (
+        f'sgemm {gmacs:.1f} GMAC/s, exp {gexps:.2f} G/s (torch, both on all threads); the network takes '
+        f'{macs / 1e9:.1f} GMAC and {exps / 1e9:.2f} G exponentials: at least {bound:.2f} s'
+    )
+    return bound, text
+
+
+def shares(net, lq: torch.Tensor, most: int = 12) -> str:
+    """Share of the time by operator, from torch's profiler."""
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as prof:
+        net(lq)
+    events = sorted(prof.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    total = sum(e.self_cpu_time_total for e in events)
+    rows = [
+        [f'`{e.key}`', e.count, f'{e.self_cpu_time_total / 1e3:.0f} ms', f'{e.self_cpu_time_total / total:.1%}']
+        for e in events[:most]
+    ]
+    return table(['operator', 'calls', 'time', 'share'], rows)
+
+
+def report(height: int, width: int, runs: int, backends: list[str]) -> str:
+    dense, pp = networks()
+    lq = photograph('coffee', height, width)
+    flat = noise(height, width)
+    torch.set_grad_enabled(False)
+    lines = [f'## Forward, {width}×{height} → ×4', '']
+
+    cases = {name: on(name, lambda: dense(lq)) for name in backends}
+    seconds = alternate(cases, runs)
+    bound, text = roofline(dense, height, width)
+    rows = [
+        [
+            f'ATDLight, {name}',
+            f'{median(s):.2f} s',
+            f'{1 / ratio(s, seconds[backends[-1]]):.1f}×',
+            f'{bound / median(s):.0%}',
+        ]
+        for name, s in seconds.items()
+    ]
+    lines += [table(['', 'median', f'against {backends[-1]}', 'of the bound'], rows), '', f'The bound: {text}.', '']
+
+    best = backends[0]
+    rows = []
+    for name in PHOTOGRAPHS:
+        x = photograph(name, height, width)
+        _, mask = pp(x, return_mask=True)
+        saved = 1 - sum(pp.macs(height, width, mask).values()) / sum(pp.macs(height, width).values())
+        s = alternate({'pp': on(best, lambda x=x: pp(x)), 'dense': on(best, lambda x=x: dense(x))}, runs)
+        less = 1 - ratio(s['pp'], s['dense'])
+        rows.append([name, f'{mask.float().mean():.1%}', f'{saved:.1%}', f'{less:.1%}', f'{less / saved:.2f}'])
+    s = alternate({'pp': on(best, lambda: pp(flat)), 'dense': on(best, lambda: dense(flat))}, runs)
+    rows.append(['noise (nothing pure)', '0.0%', '0.0%', f'{1 - ratio(s["pp"], s["dense"]):.1%}', ''])
+    header = ['PPATDLight against ATDLight', 'pure', 'GMACs saved', 'time saved', 'time/GMACs']
+    lines += [table(header, rows), '']
+
+    start = time.perf_counter()
+    for _ in range(10):
+        pp.pure_mask(lq)
+    mask_time = (time.perf_counter() - start) / 10
+    forward = median(seconds[best])
+    lines += [f'The mask takes {1000 * mask_time:.1f} ms, {mask_time / forward:.2%} of the forward time.', '']
+    with_best = on(best, lambda: shares(dense, lq))
+    lines += [f'Where the time goes (ATDLight, {best}):', '', with_best(), '']
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--size', type=int, nargs=2, default=[180, 320], metavar=('H', 'W'))
+    parser.add_argument('--runs', type=int, default=5)
+    usable = [name for name in ('native', 'torch', 'reference') if dispatch.available(name) is None]
+    parser.add_argument('--backends', nargs='+', default=usable, choices=usable)
+    args = parser.parse_args()
+    print(machine(), '\n')
+    print(report(*args.size, args.runs, args.backends))
