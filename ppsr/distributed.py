@@ -26,7 +26,7 @@ def init_dist(opt: dict, launcher: str) -> None:
     missing = [name for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
     if missing:
         raise UserError(
-            f'--launcher {launcher}: {", ".join(missing)} not set; start with torchrun (docs/reproduce.md).'
+            f'--launcher {launcher}: {", ".join(missing)} not set; start with torchrun (docs/reliability.md).'
         )
     on_gpu = opt['num_gpu'] != 0
     if on_gpu:

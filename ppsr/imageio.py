@@ -188,7 +188,7 @@ def _user_errors(name: str) -> Iterator[None]:
     except UnidentifiedImageError:
         size = os.path.getsize(name) if os.path.exists(name) else None
         raise UserError(f'{name} is {"empty (0 bytes)" if size == 0 else "not a picture that can be read"}.') from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, KeyError, IndexError) as error:
+    except (OSError, SyntaxError, EOFError, struct.error, zlib.error, LookupError, TypeError, ValueError) as error:
         raise UserError(f'{name} is damaged or incomplete: {error}') from None
     except RuntimeError as error:  # imagecodecs' errors of every codec are RuntimeErrors named after it
         if type(error) is RuntimeError:

@@ -92,6 +92,8 @@ def window_mask(labels: Tensor, window_size: int = 5, offset: int = 0) -> Tensor
     if not 0 <= offset < window_size:
         raise ValueError(f'offset must lie in [0, window_size={window_size}), got {offset}')
     h, w = labels.shape[-2:]
+    if 0 in labels.shape:
+        return torch.zeros_like(labels, dtype=torch.bool)
     # cells that the first window lacks, so that all windows start at multiples of w
     top = (window_size - offset) % window_size if h >= window_size else 0
     left = (window_size - offset) % window_size if w >= window_size else 0

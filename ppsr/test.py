@@ -27,12 +27,16 @@ def test_pipeline(opt: dict) -> dict[str, dict[str, float]]:
     from basicsr.utils.options import dict2str
 
     from ppsr.distributed import barrier
+    from ppsr.errors import UserError
 
     set_random_seed(opt['manual_seed'] + opt['rank'])
-    make_exp_dirs(opt)
-    barrier()
     log_file = Path(opt['path']['log'], f'test_{opt["name"]}_{get_time_str()}.log')
-    logger = get_root_logger(log_level=logging.INFO, log_file=str(log_file))
+    try:
+        make_exp_dirs(opt)
+        barrier()
+        logger = get_root_logger(log_level=logging.INFO, log_file=str(log_file))
+    except OSError as e:
+        raise UserError(f'{opt["path"]["results_root"]} cannot be written ({e.strerror or e}).') from e
     logger.info(get_env_info())
     logger.info(dict2str(opt))
 

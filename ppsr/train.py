@@ -37,13 +37,18 @@ def train_pipeline(opt: dict, opt_path: str) -> signal.Signals | None:
     from basicsr.utils import set_random_seed
     from basicsr.utils.options import copy_opt_file
 
+    from ppsr.errors import UserError
+
     set_random_seed(opt['manual_seed'] + opt['rank'])
     torch.backends.cudnn.benchmark = True
     resume_state, notes = _find_resume_state(opt)
-    _make_folders(opt, resume_state is not None)
-    if opt['rank'] == 0:
-        copy_opt_file(opt_path, opt['path']['experiments_root'])
-    logger = _start_log(opt, notes)
+    try:
+        _make_folders(opt, resume_state is not None)
+        if opt['rank'] == 0:
+            copy_opt_file(opt_path, opt['path']['experiments_root'])
+        logger = _start_log(opt, notes)
+    except OSError as e:
+        raise UserError(f'{opt["path"]["experiments_root"]} cannot be written ({e.strerror or e}).') from e
     tb_logger = init_tb_loggers(opt)
     batches, val_loaders = _build_data(opt, logger)
     model = build_model(opt)
@@ -108,6 +113,7 @@ def _start_log(opt: dict, notes: list[str]) -> logging.Logger:
     from basicsr.utils import get_env_info, get_root_logger, get_time_str
     from basicsr.utils.options import dict2str
 
+    logging.raiseExceptions = False  # on a full disk the checkpoint says so, not every log line with a traceback
     log_file = Path(opt['path']['log'], f'train_{opt["name"]}_{get_time_str()}.log')
     logger = get_root_logger(log_level=logging.INFO, log_file=str(log_file))
     logger.info(get_env_info())

@@ -6,7 +6,9 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
+import subprocess
 import time
 
 import pytest
@@ -202,6 +204,24 @@ def test_full_disk_stops_with_a_sentence_and_old_checkpoints_whole(data, tmp_pat
     assert [file.read_bytes() for file in files] == before
     assert not list(folder.rglob('*.part*'))
     assert states(tmp_path) == [8]
+
+
+def test_really_full_disk(data, tmp_path):
+    """On a file system of 300 KiB, which only root can make."""
+    (tmp_path / 'experiments').mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', str(tmp_path / 'experiments')]
+    if shutil.which('mount') is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('no file system of its own can be mounted here')
+    try:
+        write_options(tmp_path, options(data, logger__save_checkpoint_freq=2, val=None))
+        training = Training(tmp_path)
+        assert training.wait() == 2, training.text
+        assert 'net_g_4.pth cannot be written (No space left on device)' in training.text
+        assert 'Traceback' not in training.text
+        assert states(tmp_path) == [2]
+        assert not list(tmp_path.rglob('*.part*'))
+    finally:
+        subprocess.run(['umount', '-l', mount[-1]], check=True)
 
 
 def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -167,8 +167,11 @@ class PurePassSRModel(SRModel):
         batches = from_all({'losses': values, 'lq_path': list(self.lq_path)})
         notes = Path(self.opt['path']['log'], 'nonfinite.jsonl')
         if self.opt['rank'] == 0:
-            with open(notes, 'a', encoding='utf-8') as file:
-                file.write(json.dumps({'iter': current_iter, 'processes': batches}) + '\n')
+            try:
+                with open(notes, 'a', encoding='utf-8') as file:
+                    file.write(json.dumps({'iter': current_iter, 'processes': batches}) + '\n')
+            except OSError as e:
+                raise UserError(f'{notes} cannot be written ({e.strerror or e}).') from e
         get_root_logger().warning(
             f'iteration {current_iter}: the loss or its gradient is not finite ({values}); step skipped '
             f'({self.nonfinite} of {self.max_nonfinite}), file names in {notes}.'
