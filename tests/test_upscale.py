@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -523,7 +524,8 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, weights, capsys, monke
     assert 'disk is full' in capsys.readouterr().err and os.listdir(tmp_path / 'o') == []
 
 
-def test_an_interrupted_run_leaves_no_half_file_and_resumes(tmp_path, weights, monkeypatch):
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_no_half_file_and_resumes(tmp_path, weights, monkeypatch, number):
     for name in 'abc':
         _png(tmp_path / 'in' / f'{name}.png')
     arguments = ['upscale', '-i', str(tmp_path / 'in'), '-o', str(tmp_path / 'o'), '--model-path', str(weights)]
@@ -532,11 +534,15 @@ def test_an_interrupted_run_leaves_no_half_file_and_resumes(tmp_path, weights, m
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         return run(*args)
 
     monkeypatch.setattr(upscaler, 'run_network', interrupted)
-    assert main(arguments) == 130
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 128 + number
     assert os.listdir(tmp_path / 'o') == ['a_out.png']
     assert main(arguments) == 0 and len(calls) == 4  # b and c; a is not done again
     assert sorted(os.listdir(tmp_path / 'o')) == ['a_out.png', 'b_out.png', 'c_out.png']

@@ -1,6 +1,7 @@
 """``ppsr upscale``"""
 
 import argparse
+import signal
 import sys
 
 HELP = 'enlarge pictures'
@@ -88,6 +89,11 @@ def run(args) -> int:
     upscaler = make_upscaler(args, outscale=args.outscale)
     if upscaler.outscale != upscaler.scale:
         print(f'The network enlarges ×{upscaler.scale}; Lanczos makes ×{upscaler.outscale:g} of it.', file=sys.stderr)
-    summary = run_jobs(upscaler, jobs, args.quality, args.overwrite, args.save_mask)
+    # a batch system's polite end: unwind, so that no temporary file stays
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        summary = run_jobs(upscaler, jobs, args.quality, args.overwrite, args.save_mask)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     print(summary, file=sys.stderr if args.output == '-' else sys.stdout)
     return 1 if summary.failed else 0
