@@ -47,7 +47,7 @@ def run(args) -> int:
     import torch
 
     from ppsr import compat
-    from ppsr.ops import dispatch
+    from ppsr.ops import dispatch, native
     from ppsr.version import __version__
     from ppsr.weights import list_pretrained
 
@@ -70,7 +70,8 @@ def run(args) -> int:
     automatic = dispatch.choose(torch.empty(0))
     for name in dispatch.BACKENDS:
         reason = dispatch.available(name)
-        chosen = ', taken for float32 on the CPU' if name == automatic else ''
+        chosen = f' ({native.target()})' if name == 'native' and reason is None else ''
+        chosen += ', taken for float32 on the CPU' if name == automatic else ''
         print(f'  {name:14} ' + (f'not usable: {reason}' if reason else f'ok{chosen}'))
     print(f'  C compiler     {shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or "none found"}')
 
