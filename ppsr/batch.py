@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ppsr.errors import UserError
 from ppsr.imageio import FORMATS, read_size, write_file
+from ppsr.pure_pass import PurePass
 from ppsr.upscaler import Stats, Upscaler
 
 __all__ = ['EXTENSIONS', 'STREAM', 'Job', 'Summary', 'plan_jobs', 'run_jobs']
@@ -222,9 +223,10 @@ def _run_job(upscaler: Upscaler, job: Job, quality: int, save_mask: bool, bar: '
         bar.say(f'{_source_name(job)}: {note}.')
     stats = upscaler.upscale_file(picture, target, quality, bar.tile)
     if save_mask and stats.mask is not None and job.target != STREAM:
-        from ppsr.visualize import mask_overlay
+        from ppsr.visualize import mask_overlay  # brings matplotlib, which nobody else here needs
 
-        overlay = mask_overlay(picture.pixels, stats.mask, upscaler.net.pure_pass.num_centers)
+        pure_pass = getattr(upscaler.net, 'pure_pass', PurePass())
+        overlay = mask_overlay(picture.pixels, stats.mask, pure_pass.num_centers)
         path = Path(job.target).with_name(Path(job.target).stem + '_mask.png')
         write_file(path, overlay)
     return stats

@@ -407,12 +407,22 @@ class Upscaler:
     # --------------------------------------------------------------------------------------------------- memory
 
     def _choose_tile(self, pixels: np.ndarray, result_bytes: int) -> int:
-        """The tile asked for; else 0 (whole) if the memory allows it, else the largest tile that it allows."""
+        """The tile asked for, unless a memory limit forbids it; without a wish, the largest that memory allows."""
+        if self.tile is not None and self.max_memory is None:
+            return self.tile
+        largest = self._largest_tile(pixels, result_bytes)
+        if self.tile is None or largest == 0:
+            return self.tile or largest
+        if 0 < self.tile <= largest:
+            return self.tile
+        self.say(f'{_gib(self.max_memory)} are enough for tiles of {largest} pixels: these are used.')
+        return largest
+
+    def _largest_tile(self, pixels: np.ndarray, result_bytes: int) -> int:
+        """0 (the whole picture) if the memory allows it, else the side of the largest tile that it allows."""
         height, width, channels = pixels.shape
         on_cpu = self.device.type == 'cpu'
         fixed = result_bytes + self._working_bytes(pixels) if on_cpu else 0
-        if self.tile is not None:
-            return self.tile
         free = memory.free_memory(self.device)
         if self.max_memory is not None:
             free = min(free, self.max_memory - memory.used_memory(self.device))

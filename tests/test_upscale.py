@@ -260,6 +260,17 @@ def test_max_memory_limits_the_process(monkeypatch):
         Upscaler(Repeat(), device='cpu', max_memory='lots')
 
 
+@pytest.mark.parametrize('tile, used', [(0, None), (200, None), (64, 64), (None, None)])
+def test_a_memory_limit_is_kept_whatever_tile_is_asked_for(monkeypatch, tile, used):
+    monkeypatch.setattr(memory, 'measure_bytes_per_pixel', lambda run, device: 1000.0)
+    monkeypatch.setattr(memory, 'used_memory', lambda device: 500 * 2**20)
+    said, image = [], noise(300, 400, 3)
+    up = Upscaler(Repeat(), device='cpu', max_memory='530M', tile=tile, tile_overlap=8, say=said.append)
+    np.testing.assert_array_equal(up(image), repeat(image))
+    assert 0 < up.stats.tile < 200 and up.stats.tile == (used or up.stats.tile)
+    assert len(said) == (tile in (0, 200))
+
+
 def test_too_little_memory_to_open_the_picture(tmp_path):
     write_file(tmp_path / 'x.png', noise(50, 60, 3))
     with pytest.raises(UserError, match='to be opened'):
