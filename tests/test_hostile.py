@@ -24,7 +24,11 @@ from tiny_training import options, write_options, write_pairs
 
 from ppsr.cli import main
 from ppsr.errors import UserError
+from ppsr.ops.category_attention import category_attention
+from ppsr.ops.dispatch import available, use_backend
+from ppsr.ops.window_attention import window_attention
 from ppsr.options import load_options
+from ppsr.pure_pass import classify_pixels, pure_mask
 from ppsr.weights import read_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -227,10 +231,28 @@ def test_training_from_a_broken_picture_is_one_sentence(here, capfd):
 
 def test_unusual_arrays_do_not_break_the_mask():
     """NaN and infinities count as some colour; nothing raises, nothing spreads to other pixels' labels."""
-    from ppsr.pure_pass import classify_pixels
-
     x = torch.rand(1, 3, 8, 8)
     expected = classify_pixels(x)
     x[0, :, 0, 0] = torch.tensor([np.nan, np.inf, -np.inf])
     found = classify_pixels(x)
     assert ((found == expected) | (torch.arange(64).view(1, 8, 8) == 0)).all()
+
+
+@pytest.mark.parametrize('shape', [(0, 3, 8, 8), (2, 3, 0, 8), (2, 3, 8, 0)])
+def test_mask_of_nothing_is_empty(shape):
+    assert pure_mask(torch.zeros(shape)).shape == (shape[0], *shape[2:])
+
+
+@pytest.mark.parametrize('backend', ['reference', 'torch', 'native'])
+def test_gradient_of_huge_logits_is_finite(backend):
+    """Rounding of a logit of 10⁹ is as large as the logits of a trained network: exp of it must not overflow."""
+    if available(backend) is not None:
+        pytest.skip(available(backend))
+    qkv = (torch.randn(1, 130, 96) * 1e3).requires_grad_()
+    category, scale = torch.zeros(1, 130, dtype=torch.int64), torch.tensor([100.0])
+    with use_backend(backend):
+        category_attention(qkv, category, scale, num_heads=4, category_size=16).sum().backward()
+        maps = qkv.detach().view(1, 10, 13, 96)[:, :8, :8].contiguous().requires_grad_()
+        window_attention(maps, torch.zeros(49, 4), num_heads=4, window_size=4, shift=2).sum().backward()
+    assert qkv.grad.isfinite().all()
+    assert maps.grad.isfinite().all()

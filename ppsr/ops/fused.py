@@ -102,7 +102,7 @@ def attention_backward(
             torch.bmm(q1[part].mT, k1[part], out=p)
         else:
             torch.baddbmm(bias[:n], q1[part].mT, k1[part], out=p)
-        p.exp_()
+        p.clamp_(max=0).exp_()  # logits so large that rounding moves them past their log-sum-exp must not overflow
         torch.bmm(grad_out[part], p, out=dv[part])
         torch.bmm(do1[part].mT, v1[part], out=ds)
         ds.mul_(p)  # gradient of the logits

@@ -194,7 +194,9 @@ def _query_gradient_kernel(
         k = load(qkv, key * stride_n, counted, at_k, HEAD_DIM, BLOCK_D, stride_c)
         v = load(qkv, key * stride_n, counted, at_v, HEAD_DIM, BLOCK_D, stride_c)
         product = dot(q, tl.trans(k))
-        p = tl.where(counted[None, :] & active[:, None], tl.exp2(product * (s * LOG2_E) - lse2[:, None]), 0.0)
+        # never above 0: logits so large that rounding moves them past their log-sum-exp must not overflow
+        logits = tl.minimum(product * (s * LOG2_E) - lse2[:, None], 0.0)
+        p = tl.where(counted[None, :] & active[:, None], tl.exp2(logits), 0.0)
         dp = dot(do, tl.trans(v))
         mean += tl.sum(p * product, 1)
         ds = p * (dp - row_delta[:, None])  # gradient of the logits
@@ -285,7 +287,7 @@ def _key_gradient_kernel(
             lse2 = tl.load(lse + query, mask=asked, other=0.0) * LOG2_E
             row_delta = tl.load(delta + query, mask=asked, other=0.0)
             logits = dot(k, tl.trans(q)) * (s * LOG2_E)
-            p = tl.where(counted[:, None] & asked[None, :], tl.exp2(logits - lse2[None, :]), 0.0)
+            p = tl.where(counted[:, None] & asked[None, :], tl.exp2(tl.minimum(logits - lse2[None, :], 0.0)), 0.0)
             dv += dot(p.to(do.dtype), do)
             dp = dot(v, tl.trans(do))
             ds = p * (dp - row_delta[None, :])

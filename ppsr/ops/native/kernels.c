@@ -128,7 +128,8 @@ INLINE void forward_of(const struct attention *a, const int64_t dim) {
 /* `count` vectors of logits p -> probabilities, of their gradients ds -> gradients of the logits, added to the sums. */
 INLINE void slopes(int count, float *p, float *ds, const float *lse, const float *delta, float *sums) {
     vf x[IN_STEP];
-    EACH(i, count) x[i] = load(p + i * VL) - load(lse + i % NV * VL);
+    /* never above 0: logits so large that rounding moves them past their log-sum-exp must not overflow */
+    EACH(i, count) x[i] = -vmax(splat(0), load(lse + i % NV * VL) - load(p + i * VL));
     exp2_in_step(count, x);
     EACH(i, count) store(p + i * VL, x[i]);
     EACH(i, count) x[i] *= load(ds + i * VL) - load(delta + i % NV * VL);

@@ -170,7 +170,7 @@ def _query_gradient_kernel(
         seen = (region[:, None] == key_region[None, :]) & asked[:, None] & counted[None, :]
         bias = _bias(table, offset[:, None], key_offset[None, :], seen, head, NUM_HEADS, WINDOW)
         logits = dot(q, tl.trans(k)) * (scale * LOG2_E) + bias
-        p = tl.where(seen, tl.exp2(logits - lse2[:, None]), 0.0)
+        p = tl.where(seen, tl.exp2(tl.minimum(logits - lse2[:, None], 0.0)), 0.0)
         ds = p * (dot(do, tl.trans(v)) - row_delta[:, None])
         dq += dot(ds.to(k.dtype), k)
     address = row * grad_stride_h + column * grad_stride_w
@@ -232,7 +232,7 @@ def _key_gradient_kernel(
         seen = (region[:, None] == query_region[None, :]) & counted[:, None] & asked[None, :]
         bias = _bias(table, query_offset[None, :], offset[:, None], seen, head, NUM_HEADS, WINDOW)
         logits = dot(k, tl.trans(q)) * (scale * LOG2_E) + bias
-        p = tl.where(seen, tl.exp2(logits - lse2[None, :]), 0.0)
+        p = tl.where(seen, tl.exp2(tl.minimum(logits - lse2[None, :], 0.0)), 0.0)
         dv += dot(p.to(do.dtype), do)
         ds = p * (dot(v, tl.trans(do)) - row_delta[None, :])
         dk += dot(ds.to(q.dtype), q)
@@ -295,7 +295,7 @@ def _bias_gradient_kernel(
         seen = (region[:, None] == key_region[None, :]) & asked[:, None] & counted[None, :]
         bias = _bias(table, offset[:, None], key_offset[None, :], seen, head, NUM_HEADS, WINDOW)
         logits = dot(q, tl.trans(k)) * (scale * LOG2_E) + bias
-        p = tl.where(seen, tl.exp2(logits - lse2[:, None]), 0.0)
+        p = tl.where(seen, tl.exp2(tl.minimum(logits - lse2[:, None], 0.0)), 0.0)
         acc += p * (dot(do, tl.trans(v)) - row_delta[:, None])
     target = grad_bias + (split * NUM_HEADS + head) * tokens * tokens
     target += query_place[:, None] * tokens + key_place[None, :]
