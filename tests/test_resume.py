@@ -17,6 +17,7 @@ from tiny_training import Training, assert_same_weights, options, write_options,
 
 from ppsr import checkpoints
 from ppsr.errors import UserError
+from ppsr.stopping import StopSignals
 
 
 @pytest.fixture(scope='module')
@@ -183,6 +184,19 @@ def test_signal_to_the_whole_process_group_with_workers(data, uninterrupted, tmp
     training = Training(tmp_path, '--auto_resume')
     assert training.wait() == 0, training.text
     assert_like_uninterrupted(tmp_path, uninterrupted)
+
+
+def test_second_ctrl_c_ends_at_once_and_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+    with StopSignals(several_processes=True) as signals:  # torchrun repeats it
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert signals.received == signal.SIGINT
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 # -------------------------------------------------------------------------------------------------------- a full disk
