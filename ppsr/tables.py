@@ -163,7 +163,9 @@ def cost_table(methods: Sequence[Method]) -> Table:
 def benchmark_table(scale: int, methods: Sequence[Method], records: Records) -> Table:
     """One row per data set and method: cost and quality, measured and published."""
     rows = []
-    parameters = {m.label: complexity.count_parameters(m.build()) for m in methods if m.network is not None}
+    networks = {method.label: method.build() for method in methods if method.network is not None}
+    parameters = {label: complexity.count_parameters(net) for label, net in networks.items()}
+    masked = [label for label, net in networks.items() if hasattr(net, 'pure_pass')]
     for name in [*BENCHMARKS, *(sorted({name for _, name in records} - {*BENCHMARKS}))]:
         of_dense = _mean(records.get((DENSE, name), []), 'macs')
         for method in methods:
@@ -171,7 +173,7 @@ def benchmark_table(scale: int, methods: Sequence[Method], records: Records) -> 
             gmacs = _mean(found, 'macs')
             missing = NO_WEIGHTS if found else NO_DATA
             against = 100 * (gmacs / of_dense - 1) if gmacs and of_dense else None
-            pure = _mean(found, 'pure')
+            pure = _mean(found, 'pure') if method.label in masked else None
             row = [name, method.label, parameters.get(method.label)]
             row += [gmacs / 1e9 if gmacs else NO_DATA if method.network else None, against]
             row += [100 * pure if pure is not None else None]
