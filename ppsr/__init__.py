@@ -8,8 +8,8 @@ from ppsr import compat
 
 compat.apply()  # before anything of basicsr
 
-import ppsr.archs  # noqa: E402, F401
-import ppsr.data  # noqa: E402, F401
+import ppsr.archs  # noqa: E402
+import ppsr.data  # noqa: E402
 import ppsr.models  # noqa: E402, F401
 from ppsr.pure_pass import PurePass  # noqa: E402
 from ppsr.version import __version__  # noqa: E402
