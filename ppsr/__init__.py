@@ -4,6 +4,8 @@
 models and data sets in basicsr's registries, so that an options file may name them. It changes nothing else.
 """
 
+import importlib
+
 from ppsr import compat
 
 compat.apply()  # before anything of basicsr
@@ -14,4 +16,12 @@ import ppsr.models  # noqa: E402, F401
 from ppsr.pure_pass import PurePass  # noqa: E402
 from ppsr.version import __version__  # noqa: E402
 
-__all__ = ['PurePass', '__version__']
+__all__ = ['PurePass', 'Upscaler', '__version__', 'load_model']
+
+_LAZY = {'Upscaler': 'ppsr.upscaler', 'load_model': 'ppsr.weights'}  # not needed to register archs
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -112,3 +112,13 @@ def test_a_foreign_class_of_our_name_is_an_error():
     register(registry)(ours)
     again = type('Net', (), {'__module__': 'ppsr.archs.x'})
     assert register(registry)(again) is registry.get('Net')
+
+
+def test_what_the_package_offers():
+    import ppsr
+    from ppsr.upscaler import Upscaler
+    from ppsr.weights import load_model
+
+    assert ppsr.Upscaler is Upscaler and ppsr.load_model is load_model
+    with pytest.raises(AttributeError, match='no attribute'):
+        ppsr.nothing  # noqa: B018
