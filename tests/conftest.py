@@ -1,6 +1,7 @@
 """Shared fixtures. Data sets that are not part of the repository are looked for in PPSR_DATA or ../shared/data."""
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -13,6 +14,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 hypothesis.settings.register_profile('ppsr', deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile('ppsr')
+
+os.environ.setdefault('PPSR_NO_TUNING', '1')  # main() in a test must not flush this process's denormals
+
+# as in a terminal: a shell that starts the tests in the background has Ctrl-C ignored, and children inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = dict(
     embed_dim=16,

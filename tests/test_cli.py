@@ -29,8 +29,7 @@ def test_wrong_words_exit_with_2(argv, capsys):
     assert 'ppsr' in capsys.readouterr().err
 
 
-def test_doctor_finds_this_installation_well(capsys, monkeypatch):
-    monkeypatch.setenv('PPSR_NO_TUNING', '1')
+def test_doctor_finds_this_installation_well(capsys):
     assert main(['doctor']) == 0
     text = capsys.readouterr().out
     for word in (
@@ -48,7 +47,6 @@ def test_doctor_finds_this_installation_well(capsys, monkeypatch):
 
 
 def test_doctor_reports_an_import_that_fails(capsys, monkeypatch):
-    monkeypatch.setenv('PPSR_NO_TUNING', '1')
     monkeypatch.setitem(sys.modules, 'basicsr.models', None)
     assert main(['doctor']) == 1
     assert 'IMPORT FAILS' in capsys.readouterr().out

@@ -13,11 +13,6 @@ from ppsr.errors import UserError
 from ppsr.weights import load_model, read_checkpoint, save_checkpoint
 
 
-@pytest.fixture(autouse=True)
-def _untuned(monkeypatch):
-    monkeypatch.setenv('PPSR_NO_TUNING', '1')  # process-wide settings of the command line would outlive a test
-
-
 @pytest.fixture
 def plain(tmp_path, tiny):
     """A checkpoint as BasicSR and the published ATD-light write it: no configuration, a derivable buffer."""

@@ -205,7 +205,6 @@ def test_num_gpu_auto_without_a_gpu(tmp_path, options, monkeypatch):
 
 @pytest.mark.parametrize('command', ['train', 'test'])
 def test_the_command_line_says_one_sentence_and_exits_with_2(tmp_path, options, command, capsys, monkeypatch):
-    monkeypatch.setenv('PPSR_NO_TUNING', '1')
     monkeypatch.chdir(tmp_path)
     options['datasets'] = {'train': options['datasets']['train'], 'val': options['datasets']['val']}
     options['datasets']['train' if command == 'train' else 'val'].update(

@@ -47,11 +47,6 @@ class Blur(nn.Module):
         return nn.functional.interpolate(nn.functional.avg_pool2d(x, 5, 1, 2, count_include_pad=False), scale_factor=2)
 
 
-@pytest.fixture(autouse=True)
-def _untuned(monkeypatch):
-    monkeypatch.setenv('PPSR_NO_TUNING', '1')  # process-wide settings of the command line would outlive a test
-
-
 def noise(*shape, dtype=np.uint8, seed=0):
     values = np.random.default_rng(seed).random(shape)
     return values.astype(dtype) if np.dtype(dtype).kind == 'f' else (values * np.iinfo(dtype).max).astype(dtype)

@@ -18,11 +18,6 @@ from ppsr.visualize import Panel, as_rgb, comparison, difference, mask_overlay, 
 from ppsr.weights import save_checkpoint
 
 
-@pytest.fixture(autouse=True)
-def _untuned(monkeypatch):
-    monkeypatch.setenv('PPSR_NO_TUNING', '1')  # process-wide settings of the command line would outlive a test
-
-
 def blocks(height=40, width=60, seed=0):
     """Flat blocks of random colours, with a noisy strip."""
     rng = np.random.default_rng(seed)
