@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 import ppsr  # noqa: F401, registers the archs
-from ppsr.compare import psnr_ssim
 from ppsr.data.bicubic import imresize_bicubic, modcrop
-from ppsr.imageio import read_picture
-from ppsr.tiling import tiled_forward
-from ppsr.visualize import as_rgb, to_tensor
+from ppsr.pictures.compare import psnr_ssim
+from ppsr.pictures.imageio import read_picture
+from ppsr.pictures.tiling import tiled_forward
+from ppsr.pictures.visualize import as_rgb, to_tensor
 from ppsr.weights import load_model
 
 

@@ -18,7 +18,7 @@ from ppsr.version import __version__  # noqa: E402
 
 __all__ = ['PurePass', 'Upscaler', '__version__', 'load_model']
 
-_LAZY = {'Upscaler': 'ppsr.upscaler', 'load_model': 'ppsr.weights'}  # not needed to register archs
+_LAZY = {'Upscaler': 'ppsr.pictures.upscaler', 'load_model': 'ppsr.weights'}  # not needed to register archs
 
 
 def __getattr__(name: str):

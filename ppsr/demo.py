@@ -99,9 +99,9 @@ def _bicubic(dataset: dict, opt: dict) -> dict[str, float]:
 def _draw(dataset: dict, enlarged: Path) -> Path:
     """An overlay of the mask and a comparison for every picture, beside the enlarged ones."""
     from ppsr.data.bicubic import imresize_bicubic
-    from ppsr.imageio import read_picture, write_file
+    from ppsr.pictures.imageio import read_picture, write_file
+    from ppsr.pictures.visualize import comparison, mask_overlay, network_mask, panels
     from ppsr.pure_pass import PurePass
-    from ppsr.visualize import comparison, mask_overlay, network_mask, panels
 
     folder = enlarged.parent / f'{dataset["name"]}_masks'
     folder.mkdir(parents=True, exist_ok=True)

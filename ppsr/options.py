@@ -16,7 +16,7 @@ import yaml
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 
 from ppsr.errors import UserError
-from ppsr.tiling import DEFAULT_OVERLAP, check_tiles
+from ppsr.pictures.tiling import DEFAULT_OVERLAP, check_tiles
 
 __all__ = ['check_network', 'load_options', 'network_arguments', 'read_yaml']
 

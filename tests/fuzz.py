@@ -98,7 +98,7 @@ def network():
 
 @functools.cache
 def upscaler():
-    from ppsr.upscaler import Upscaler
+    from ppsr.pictures.upscaler import Upscaler
 
     return Upscaler(network(), device='cpu', say=lambda sentence: None)
 
@@ -195,7 +195,7 @@ def _one_sentence(error: UserError) -> None:
 
 def picture_case(rng: random.Random) -> None:
     """A picture of any shape, mode, depth and format, whole or damaged: read, and enlarged by a network."""
-    from ppsr.imageio import read_picture
+    from ppsr.pictures.imageio import read_picture
 
     content = _picture(rng)
     whole = rng.random() < 0.4

@@ -10,11 +10,11 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ppsr import complexity
 from ppsr.archs import ATDLight, CAMixerATDLight, PPATDLight
 from ppsr.cli import main
 from ppsr.errors import UserError
 from ppsr.ops.category_attention import COMPENSATIONS
+from ppsr.paper import complexity
 
 SIZES = [(21, 27), (8, 8), (1, 40)]
 

@@ -15,9 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
-from ppsr import imageio
 from ppsr.errors import UserError
-from ppsr.imageio import Picture, atomic_file, from_pil, read_picture, read_size, to_pil, write_file, write_picture
+from ppsr.pictures import imageio
+from ppsr.pictures.imageio import (
+    Picture,
+    atomic_file,
+    from_pil,
+    read_picture,
+    read_size,
+    to_pil,
+    write_file,
+    write_picture,
+)
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 

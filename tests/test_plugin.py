@@ -116,7 +116,7 @@ def test_a_foreign_class_of_our_name_is_an_error():
 
 def test_what_the_package_offers():
     import ppsr
-    from ppsr.upscaler import Upscaler
+    from ppsr.pictures.upscaler import Upscaler
     from ppsr.weights import load_model
 
     assert ppsr.Upscaler is Upscaler and ppsr.load_model is load_model

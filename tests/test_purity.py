@@ -12,8 +12,8 @@ from PIL import Image
 
 from ppsr.cli import main
 from ppsr.errors import UserError
+from ppsr.paper.purity import shares
 from ppsr.pure_pass import PurePass
-from ppsr.purity import shares
 
 
 def speck(height=10, width=10, at=(0, 0)):

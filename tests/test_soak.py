@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ppsr.archs import PPATDLight
-from ppsr.upscaler import Upscaler
+from ppsr.pictures.upscaler import Upscaler
 
 INPUTS = 500
 WARM_UP = 150

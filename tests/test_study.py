@@ -8,9 +8,9 @@ import torch
 import yaml
 from PIL import Image
 
-from ppsr import study
 from ppsr.cli import main
 from ppsr.errors import UserError
+from ppsr.paper import study
 
 OPTIONS = {
     'name': 'study',

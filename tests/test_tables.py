@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ppsr import measure, published, tables
 from ppsr.archs import PPATDLight
 from ppsr.cli import main
 from ppsr.data.benchmark import find_images
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.errors import UserError
-from ppsr.report import Table
+from ppsr.paper import measure, published, tables
+from ppsr.paper.report import Table
 from ppsr.weights import save_checkpoint
 
 TINY_NETWORK = dict(depths=[1], num_heads=[2], embed_dim=8, window_size=8, category_size=16, num_tokens=8)

@@ -18,13 +18,13 @@ import torch
 from PIL import Image, ImageCms
 from torch import nn
 
-from ppsr import memory, tiling, upscaler
 from ppsr.archs import ATDLight, PPATDLight
-from ppsr.batch import STREAM, Job, plan_jobs
 from ppsr.cli import main
 from ppsr.errors import UserError
-from ppsr.imageio import read_picture, write_file
-from ppsr.upscaler import Upscaler, resize_bands
+from ppsr.pictures import memory, tiling, upscaler
+from ppsr.pictures.batch import STREAM, Job, plan_jobs
+from ppsr.pictures.imageio import read_picture, write_file
+from ppsr.pictures.upscaler import Upscaler, resize_bands
 from ppsr.weights import save_checkpoint
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()

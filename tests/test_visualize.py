@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from ppsr import visualize
 from ppsr.archs import PPATDLight
 from ppsr.archs.atd_light_arch import mirror_pad
 from ppsr.cli import main
-from ppsr.compare import compare, psnr_ssim, table
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.errors import UserError
-from ppsr.imageio import read_picture, write_file
+from ppsr.pictures import visualize
+from ppsr.pictures.compare import compare, psnr_ssim, table
+from ppsr.pictures.imageio import read_picture, write_file
+from ppsr.pictures.upscaler import Upscaler
+from ppsr.pictures.visualize import Panel, as_rgb, comparison, difference, mask_overlay, network_mask, panels
 from ppsr.pure_pass import PurePass
-from ppsr.upscaler import Upscaler
-from ppsr.visualize import Panel, as_rgb, comparison, difference, mask_overlay, network_mask, panels
 from ppsr.weights import save_checkpoint
 
 

@@ -20,10 +20,10 @@ def configure(parser) -> None:
 
 
 def run(args) -> int:
-    from ppsr.compare import compare, table
     from ppsr.errors import UserError
-    from ppsr.imageio import format_of, read_picture, write_file
-    from ppsr.visualize import as_rgb, comparison, panels
+    from ppsr.pictures.compare import compare, table
+    from ppsr.pictures.imageio import format_of, read_picture, write_file
+    from ppsr.pictures.visualize import as_rgb, comparison, panels
 
     output = Path(args.output or f'{Path(args.input).stem}_compare.png')
     format_of(output)

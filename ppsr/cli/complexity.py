@@ -24,9 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ppsr import complexity
     from ppsr.data.benchmark import find_images, read_lq
     from ppsr.errors import UserError
+    from ppsr.paper import complexity
 
     net = complexity.build_from_options(args.opt)
     channels, *size = args.input_size or (3, *complexity.static_size(net.upscale))

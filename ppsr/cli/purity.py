@@ -19,9 +19,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ppsr import purity
     from ppsr.data.benchmark import find_images, read_lq
     from ppsr.errors import UserError
+    from ppsr.paper import purity
 
     if args.scale < 1:
         raise UserError(f'--scale {args.scale}: it must be at least 1.')

@@ -12,7 +12,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ppsr import study
+    from ppsr.paper import study
 
     opt = study.load_study(args.opt)
     table = study.study_table(opt, study.run(opt, Path('results') / opt['name']))

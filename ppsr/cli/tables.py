@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ppsr.errors import UserError
-    from ppsr.tables import make
+    from ppsr.paper.tables import make
     from ppsr.weights import list_pretrained
 
     if min(args.scales) < 1:

@@ -43,7 +43,7 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
 
 def make_upscaler(args, **options):
     """An Upscaler from the options of :func:`add_network_options`."""
-    from ppsr.upscaler import Upscaler
+    from ppsr.pictures.upscaler import Upscaler
 
     return Upscaler.from_pretrained(
         args.model or args.model_path,
@@ -83,7 +83,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args) -> int:
-    from ppsr.batch import plan_jobs, run_jobs
+    from ppsr.pictures.batch import plan_jobs, run_jobs
 
     jobs = plan_jobs(args.input, args.output, args.suffix, args.ext, args.recursive)
     upscaler = make_upscaler(args, outscale=args.outscale)

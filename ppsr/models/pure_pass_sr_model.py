@@ -23,8 +23,8 @@ from ppsr import checkpoints
 from ppsr.atomic import atomic_path
 from ppsr.distributed import any_process, from_all
 from ppsr.errors import UserError
+from ppsr.pictures.tiling import DEFAULT_OVERLAP, tiled_forward
 from ppsr.registry import register
-from ppsr.tiling import DEFAULT_OVERLAP, tiled_forward
 from ppsr.weights import load_into, read_checkpoint
 
 __all__ = ['PurePassSRModel']

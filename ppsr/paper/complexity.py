@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ppsr.archs.atd_light_arch import mirror_pad
 from ppsr.errors import UserError
 from ppsr.options import check_network, read_yaml
-from ppsr.report import Table
+from ppsr.paper.report import Table
 
 __all__ = [
     'ImageCost',

@@ -23,9 +23,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ppsr import memory
 from ppsr.errors import UserError
-from ppsr.imageio import (
+from ppsr.pictures import memory
+from ppsr.pictures.imageio import (
     MODES,
     Picture,
     atomic_file,
@@ -37,7 +37,7 @@ from ppsr.imageio import (
     to_pil,
     write_picture,
 )
-from ppsr.tiling import (
+from ppsr.pictures.tiling import (
     DEFAULT_OVERLAP,
     Totals,
     accumulator_bytes,

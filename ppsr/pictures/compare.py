@@ -9,8 +9,8 @@ from basicsr.metrics import calculate_psnr, calculate_ssim
 
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.errors import UserError
-from ppsr.upscaler import Stats, Upscaler
-from ppsr.visualize import as_rgb
+from ppsr.pictures.upscaler import Stats, Upscaler
+from ppsr.pictures.visualize import as_rgb
 
 __all__ = ['Result', 'compare', 'psnr_ssim', 'table']
 

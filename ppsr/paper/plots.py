@@ -11,9 +11,9 @@ from matplotlib.figure import Figure  # not pyplot: it would choose a backend fo
 from matplotlib.patches import Rectangle
 from torch import nn
 
-from ppsr import complexity
 from ppsr.atomic import atomic_path
-from ppsr.purity import Share
+from ppsr.paper import complexity
+from ppsr.paper.purity import Share
 
 __all__ = ['COLOURS', 'heat_map', 'quality_against_cost', 'save', 'saving_against_share', 'share_by_data_set']
 

@@ -12,9 +12,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ppsr.errors import UserError
-from ppsr.imageio import FORMATS, read_size, write_file
+from ppsr.pictures.imageio import FORMATS, read_size, write_file
+from ppsr.pictures.upscaler import Stats, Upscaler
 from ppsr.pure_pass import PurePass
-from ppsr.upscaler import Stats, Upscaler
 
 __all__ = ['EXTENSIONS', 'STREAM', 'Job', 'Summary', 'plan_jobs', 'run_jobs']
 
@@ -223,7 +223,7 @@ def _run_job(upscaler: Upscaler, job: Job, quality: int, save_mask: bool, bar: '
         bar.say(f'{_source_name(job)}: {note}.')
     stats = upscaler.upscale_file(picture, target, quality, bar.tile)
     if save_mask and stats.mask is not None and job.target != STREAM:
-        from ppsr.visualize import mask_overlay  # brings matplotlib, which nobody else here needs
+        from ppsr.pictures.visualize import mask_overlay  # brings matplotlib, which nobody else here needs
 
         pure_pass = getattr(upscaler.net, 'pure_pass', PurePass())
         overlay = mask_overlay(picture.pixels, stats.mask, pure_pass.num_centers)

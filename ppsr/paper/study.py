@@ -18,13 +18,13 @@ from basicsr.utils import set_random_seed
 from tqdm import tqdm
 
 from ppsr.atomic import atomic_path
-from ppsr.complexity import build_network, count_parameters
 from ppsr.data.benchmark import as_tensor, find_images, read_pair
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.errors import UserError
-from ppsr.measure import Cache, evaluate, file_hash, quality
 from ppsr.options import PLAIN_NAME, read_yaml
-from ppsr.report import Table
+from ppsr.paper.complexity import build_network, count_parameters
+from ppsr.paper.measure import Cache, evaluate, file_hash, quality
+from ppsr.paper.report import Table
 from ppsr.weights import load_model, save_checkpoint
 
 __all__ = ['load_study', 'patches', 'run', 'study_table']

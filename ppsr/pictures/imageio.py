@@ -150,8 +150,8 @@ def to_pil(picture: Picture) -> Image.Image:
     pixels, info = picture.pixels, {}
     if pixels.dtype == np.uint16 and picture.mode != 'L':
         raise UserError(
-            f'Pillow has no 16-bit {picture.mode} images; read the file with ppsr.imageio.read_picture and pass its '
-            'pixels (a uint16 array), or write to a file with Upscaler.upscale_file.'
+            f'Pillow has no 16-bit {picture.mode} images; read the file with ppsr.pictures.imageio.read_picture and '
+            'pass its pixels (a uint16 array), or write to a file with Upscaler.upscale_file.'
         )
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     if picture.icc:

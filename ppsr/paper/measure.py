@@ -18,11 +18,11 @@ from basicsr.metrics import calculate_psnr, calculate_ssim
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ppsr.complexity import build_network, image_cost
 from ppsr.data.benchmark import as_tensor, read_pair
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.data.layout import Source
 from ppsr.errors import UserError
+from ppsr.paper.complexity import build_network, image_cost
 from ppsr.weights import load_into, read_checkpoint
 
 __all__ = [

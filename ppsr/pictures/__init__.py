@@ -1,0 +1,1 @@
+"""Pictures in and out: reading, writing, enlarging in tiles, drawing the mask."""
