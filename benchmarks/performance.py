@@ -50,7 +50,7 @@ def main() -> None:
     ):
         print(f'{title} …', file=sys.stderr, flush=True)
         parts.append(make() + '\n')
-    args.output.write_text(''.join(parts) + SETTINGS)
+        args.output.write_text(''.join(parts) + SETTINGS)  # after each part: the later ones take long
 
 
 if __name__ == '__main__':
