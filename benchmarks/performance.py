@@ -16,7 +16,7 @@ from ppsr.ops import dispatch
 
 INTRODUCTION = """# Performance
 
-Made by `python benchmarks/performance.py` on this machine: {machine}; default allocator, nothing else running.
+Made by `python benchmarks/performance.py` on this machine: {machine}; default allocator.
 
 What is compared: `reference` is the definition, every attention matrix materialised; `torch` is vectorised PyTorch with
 fused attention; `native` are the compiled CPU kernels. All three give the same network. Absolute seconds are this
