@@ -1,4 +1,4 @@
-"""The ``ppsr`` command. Each subcommand is a module of this folder with HELP, configure(parser) and run(args)."""
+"""The ``ppsr`` command. Each subcommand is a module of this folder with configure(parser) and run(args)."""
 
 import argparse
 import importlib

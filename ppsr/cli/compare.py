@@ -5,8 +5,6 @@ from pathlib import Path
 
 from ppsr.cli.upscale import add_network_options, make_upscaler
 
-HELP = 'one picture: input, bicubic, ours, difference, mask'
-
 
 def configure(parser) -> None:
     parser.add_argument('-i', '--input', required=True, metavar='LQ', help='the small picture')

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-HELP = 'parameters and multiply-adds by part, static or over a data set'
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('-opt', required=True, metavar='YML', help='options file; its network_g is built')

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-HELP = 'turn a .pth into a .safetensors that knows its configuration, and back'
-
 
 def configure(parser) -> None:
     parser.add_argument('-i', '--input', required=True, metavar='FILE', help='weights: .pth or .safetensors')

@@ -3,8 +3,6 @@
 import sys
 from pathlib import Path
 
-HELP = 'draw which pixels Pure-Pass finds pure'
-
 
 def configure(parser) -> None:
     parser.add_argument('-i', '--input', nargs='+', required=True, metavar='INPUT', help='pictures, folders, globs')

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from ppsr.errors import UserError
 
-HELP = 'make LR images, sub-images, meta-info files and LMDBs from HR folders; --check verifies them'
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (

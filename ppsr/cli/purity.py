@@ -5,8 +5,6 @@ import json
 
 from tqdm import tqdm
 
-HELP = 'share of pure pixels of a data set'
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--data', required=True, metavar='DIR', help='HR images (or LQ images with --lq)')

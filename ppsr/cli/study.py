@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-HELP = 'train reduced versions of the rivals on equal terms'
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('-opt', required=True, metavar='YML', help='options of the study (options/study.yml)')

@@ -5,8 +5,6 @@ import shlex
 import sys
 from pathlib import Path
 
-HELP = "the paper's tables and plots from what is at hand"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

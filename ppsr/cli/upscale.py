@@ -4,8 +4,6 @@ import argparse
 import signal
 import sys
 
-HELP = 'enlarge pictures'
-
 
 def positive(text: str) -> float:
     """argparse type: a number above zero."""
