@@ -14,10 +14,16 @@ exec((here / 'ppsr' / 'version.py').read_text(), about)
 
 NATIVE = 'ppsr/ops/native'
 X86_64 = platform.machine().lower() in ('x86_64', 'amd64')
-# kernels.c is compiled once for each of these; the library takes the best one that the processor has
+LOOPS = ['runtime', 'attention', 'layers']
+# compiled once for each of the targets; the library takes the best one that the processor has
+KERNELS = ['attention_kernels', 'layer_kernels']
 TARGETS = {'baseline': []}
 if X86_64:
     TARGETS |= {'avx2': ['-mavx2', '-mfma'], 'avx512': ['-mavx512f', '-mfma']}
+
+
+def paths(names, suffix='.c'):
+    return [f'{NATIVE}/{name}{suffix}' for name in names]
 
 
 class BuildKernels(build_ext):
@@ -28,10 +34,10 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext):
         flags = ['-O3', '-g0', '-std=gnu11', '-fPIC', '-Wno-psabi']
-        objects = self.compiler.compile([f'{NATIVE}/attention.c'], self.build_temp, extra_postargs=flags)
+        objects = self.compiler.compile(paths(LOOPS), self.build_temp, extra_postargs=flags)
         for target, options in TARGETS.items():
             objects += self.compiler.compile(
-                [f'{NATIVE}/kernels.c'],
+                paths(KERNELS),
                 os.path.join(self.build_temp, target),
                 macros=[('TARGET', target)],
                 extra_postargs=flags + options,
@@ -66,8 +72,8 @@ setup(
     ext_modules=[
         Extension(
             'ppsr.ops.native.libppsr',
-            [f'{NATIVE}/attention.c', f'{NATIVE}/kernels.c'],
-            depends=[f'{NATIVE}/kernels.h', f'{NATIVE}/simd.h'],
+            paths(LOOPS + KERNELS),
+            depends=paths(['kernels', 'products', 'runtime', 'simd'], '.h'),
             optional=True,  # without a compiler the package still installs
         )
     ],

@@ -66,6 +66,30 @@ def shares(net, lq: torch.Tensor, most: int = 12) -> str:
     return table(['operator', 'calls', 'time', 'share'], rows)
 
 
+def variants(dense: ATDLight, lq: torch.Tensor, runs: int, best: str) -> str:
+    """What else might help on a CPU, against the network as it is: torch.compile, bfloat16."""
+    compiled = torch.compile(dense, fullgraph=True)
+    half, half_lq = ATDLight().eval(), lq.bfloat16()
+    half.load_state_dict(dense.state_dict())
+    half.bfloat16()
+
+    def autocast():
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            return dense(lq)
+
+    cases = {
+        f'as it is, {best}': on(best, lambda: dense(lq)),
+        f'torch.compile, {best}': on(best, lambda: compiled(lq)),
+        'as it is, torch': on('torch', lambda: dense(lq)),
+        'bfloat16 autocast, torch': on('torch', autocast),
+        'bfloat16 weights, torch': on('torch', lambda: half(half_lq)),
+    }
+    seconds = alternate(cases, runs)
+    first = seconds[f'as it is, {best}']
+    rows = [[name, f'{median(s):.2f} s', f'{ratio(s, first):.2f}'] for name, s in seconds.items()]
+    return table(['ATDLight', 'median', f'against {best}'], rows)
+
+
 def report(height: int, width: int, runs: int, backends: list[str]) -> str:
     dense, pp = networks()
     lq = photograph('coffee', height, width)
@@ -109,6 +133,7 @@ def report(height: int, width: int, runs: int, backends: list[str]) -> str:
     lines += [f'The mask takes {1000 * mask_time:.1f} ms, {mask_time / forward:.2%} of the forward time.', '']
     with_best = on(best, lambda: shares(dense, lq))
     lines += [f'Where the time goes (ATDLight, {best}):', '', with_best(), '']
+    lines += ['What else was tried:', '', variants(dense, lq, runs, best), '']
     return '\n'.join(lines)
 
 

@@ -20,6 +20,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ppsr.ops.category_attention import COMPENSATIONS, category_attention
 from ppsr.ops.category_attention import attention_macs as category_macs
+from ppsr.ops.layers import (
+    Similarity,
+    depthwise_mix,
+    dictionary_attention,
+    dictionary_refinement,
+    linear_add,
+    norm_linear,
+)
 from ppsr.ops.window_attention import attention_macs as window_macs
 from ppsr.ops.window_attention import window_attention
 from ppsr.pure_pass import PurePass
@@ -45,8 +53,8 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def forward(self, qkv: Tensor, shift: int) -> Tensor:
-        """qkv (B, H, W, 3C) -> (B, H, W, C)"""
+    def forward(self, qkv: Tensor, shift: int, *add: Tensor) -> Tensor:
+        """qkv (B, H, W, 3C) -> (B, H, W, C), plus what is to be added, up to two maps"""
         x = window_attention(
             qkv,
             self.relative_position_bias_table,
@@ -54,7 +62,7 @@ class WindowAttention(nn.Module):
             window_size=self.window_size,
             shift=shift,
         )
-        return self.proj(x)
+        return linear_add(x, self.proj, *add)
 
 
 class DictionaryAttention(nn.Module):
@@ -68,13 +76,11 @@ class DictionaryAttention(nn.Module):
         self.wk = nn.Linear(dim, reducted_dim)
         self.wv = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, td: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens x (B, N, C), dictionary td (B, M, C) -> output (B, N, C), similarity (B, N, M), rows sum to 1."""
-        q = F.normalize(self.wq(x), dim=-1)
-        k = F.normalize(self.wk(td), dim=-1)
+    def forward(self, q: Tensor, td: Tensor) -> tuple[Tensor, Tensor, Similarity]:
+        """q = wq(tokens) (B, N, r), dictionary td (B, M, C) -> output (B, N, C), category (B, N), their similarity"""
         scale = 1 + self.scale.clamp(0, 1) * math.log(self.num_tokens)
-        similarity = torch.softmax(q @ (k * scale[:, None]).transpose(-2, -1), dim=-1)
-        return similarity @ self.wv(td), similarity
+        k = F.normalize(self.wk(td), dim=-1) * scale[:, None]
+        return dictionary_attention(q, k, self.wv(td))
 
 
 class CategoryAttention(nn.Module):
@@ -88,11 +94,11 @@ class CategoryAttention(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1, 1), math.log(10)))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, qkv: Tensor, similarity: Tensor, pure: Tensor | None) -> Tensor:
-        """qkv (B, N, 3C), similarity (B, N, M) to the dictionary, pure (B, N) bool or None -> (B, N, C)"""
+    def forward(self, qkv: Tensor, category: Tensor, pure: Tensor | None, *add: Tensor) -> Tensor:
+        """qkv (B, N, 3C), category (B, N), pure (B, N) bool or None -> (B, N, C), plus what is to be added"""
         x = category_attention(
             qkv,
-            similarity.argmax(-1),
+            category,
             self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp(),
             num_heads=self.num_heads,
             category_size=self.category_size,
@@ -100,16 +106,17 @@ class CategoryAttention(nn.Module):
             compensation=self.compensation,
         )
         if pure is None or self.compensation == 'value':
-            return self.proj(x)
+            return linear_add(x, self.proj, *add)
         # 'bypass' and 'zero' skip the projection, too: x already holds what a pure token gets
         if torch.compiler.is_compiling():  # a number of rows that depends on the data would break the graph
-            return torch.where(pure[..., None], x, self.proj(x))
-        active = ~pure
-        return x.masked_scatter(active[..., None], self.proj(x[active]).to(x.dtype))
+            x = torch.where(pure[..., None], x, self.proj(x))
+        else:
+            x = x.masked_scatter(~pure[..., None], self.proj(x[~pure]).to(x.dtype))
+        return sum(add, start=x)
 
 
 class ConvFFN(nn.Module):
-    """W₂(u + GELU(DWConv(u))) with u = GELU(W₁x): a feed-forward network that sees its k×k neighbourhood."""
+    """x + W₂(u + GELU(DWConv(u))) with u = GELU(W₁ norm(x)): a feed-forward network that sees its k×k neighbourhood."""
 
     def __init__(self, dim: int, hidden_dim: int, kernel_size: int):
         super().__init__()
@@ -119,11 +126,10 @@ class ConvFFN(nn.Module):
         self.dwconv.depthwise_conv = nn.Sequential(depthwise, nn.GELU())
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)"""
-        u = F.gelu(self.fc1(x))
-        near = self.dwconv.depthwise_conv(u.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(u + near)
+        (u,) = norm_linear(x, norm, self.fc1, gelu=True)
+        return linear_add(depthwise_mix(u, self.dwconv.depthwise_conv[0]), self.fc2, x)
 
 
 class ATDLayer(nn.Module):
@@ -158,22 +164,19 @@ class ATDLayer(nn.Module):
 
     def forward(self, x: Tensor, td: Tensor, pure: Tensor | None) -> tuple[Tensor, Tensor]:
         """Map x (B, H, W, C), dictionary td (B, M, C), pure (B, N) bool or None -> next x, next td"""
-        shape = x.shape
-        y = self.norm1(x)
-        qkv = self.wqkv(y)
-        x_atd, similarity = self.attn_atd(y.flatten(1, 2), td)
-        x_aca = self.attn_aca(qkv.flatten(1, 2), similarity, pure)
-        x = x + self.attn_win(qkv, self.shift) + (x_atd + x_aca).view(shape)
-        x = x + self.convffn(self.norm2(x))
+        qkv, q = norm_linear(x, self.norm1, self.wqkv, self.attn_atd.wq)
+        x_atd, category, similarity = self.attn_atd(q.flatten(1, 2), td)
+        x_cross = self.attn_aca(qkv.flatten(1, 2), category, pure, x_atd)  # what tokens get from far away
+        x = self.attn_win(qkv, self.shift, x, x_cross.view(x.shape))
+        x = self.convffn(x, self.norm2)
         if self.refines:
             td = self.refine(x.flatten(1, 2), td, similarity)
         return x, td
 
-    def refine(self, x: Tensor, td: Tensor, similarity: Tensor) -> Tensor:
+    def refine(self, x: Tensor, td: Tensor, similarity: Similarity) -> Tensor:
         """Adaptive dictionary refinement (ATD, eq. 7–8): each entry moves towards the tokens that resemble it."""
-        attention = torch.softmax(self.norm3(similarity.transpose(1, 2)), dim=-1)  # (B, M, N)
         keep = torch.sigmoid(self.sigma)
-        return keep * td + (1 - keep) * (attention @ x)
+        return keep * td + (1 - keep) * dictionary_refinement(similarity, x, self.norm3)
 
 
 class ATDGroup(nn.Module):

@@ -183,13 +183,12 @@ class CAMixerLayer(ATDLayer):
 
     def forward(self, x: Tensor, td: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map x (B, H, W, C), dictionary td (B, M, C), condition (B, H, W, 2) -> next x, next td, mask (B, n)"""
-        shape = x.shape
         y = self.norm1(x)
-        x_atd, similarity = self.attn_atd(y.flatten(1, 2), td)
-        x_aca = self.attn_aca(self.wqkv(y).flatten(1, 2), similarity, None)
         x_win, mask = self.attn_win(y, condition)
-        x = x + x_win + (x_atd + x_aca).view(shape)
-        x = x + self.convffn(self.norm2(x))
+        x_atd, category, similarity = self.attn_atd(self.attn_atd.wq(y).flatten(1, 2), td)
+        x_cross = self.attn_aca(self.wqkv(y).flatten(1, 2), category, None, x_atd)
+        x = x + x_win + x_cross.view(x.shape)
+        x = self.convffn(x, self.norm2)
         if self.refines:
             td = self.refine(x.flatten(1, 2), td, similarity)
         return x, td, mask

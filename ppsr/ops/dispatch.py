@@ -1,4 +1,4 @@
-"""Which implementation of the attention operators runs: one choice, made here, for every operator.
+"""Which implementation of the operators runs: one choice, made here, for every operator.
 
 Backends, all with the same semantics (the ``reference`` module of each operator is the definition):
 
@@ -10,6 +10,8 @@ name          what it is                                              runs on
 ``native``     compiled C kernels, built with the package             CPU, float32
 ``triton``     Triton kernels                                         CUDA, float32/float16/bfloat16
 ============  ======================================================  ===================
+
+``native`` also takes over what stands between the attentions where no gradient is wanted (:mod:`ppsr.ops.layers`).
 
 Unless told otherwise the fastest one that can run the given tensors is taken. ``PPSR_BACKEND=name`` (environment) or
 ``with use_backend(name)`` (code) asks for one by name; where that one cannot run the given tensors, an error says why.

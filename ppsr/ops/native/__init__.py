@@ -1,7 +1,9 @@
-"""Compiled CPU kernels of the attention operators (float32): the library that setup.py builds from the C files here.
+"""Compiled CPU kernels (float32): the library that setup.py builds from the C files here.
 
-``attention.c`` holds the loops over windows and groups, ``kernels.c`` the attention of one head of one group, compiled
-once for each instruction set (the best one that the processor has is taken at load time), ``simd.h`` the vectors. It is
+``attention.c`` holds the loops over windows and category groups, ``layers.c`` those over everything else in a layer,
+``runtime.c`` threads and memory. The kernels inside the loops, ``attention_kernels.c`` and ``layer_kernels.c``, are
+compiled once for each instruction set (the best one that the processor has is taken at load time); ``products.h`` and
+``simd.h`` hold what they are made of, ``kernels.h`` is the interface between kernels and loops. It is
 plain C behind ctypes, without headers of torch or Python: one build serves every version of both, and calls release
 the GIL. Where there was no C compiler the library is missing, and the ``torch`` backend runs instead.
 """
@@ -24,6 +26,10 @@ _SIGNATURES = {
     'ppsr_window_backward': 7 * [c_void_p] + 8 * [c_int64],
     'ppsr_category_forward': [*3 * [c_void_p], c_float, *4 * [c_void_p], *7 * [c_int64]],
     'ppsr_category_backward': [*6 * [c_void_p], c_float, c_void_p, POINTER(c_double), *7 * [c_int64]],
+    'ppsr_linear': [*11 * [c_void_p], c_float, *6 * [c_int64]],
+    'ppsr_depthwise': 4 * [c_void_p] + 6 * [c_int64],
+    'ppsr_dictionary_attention': 5 * [c_void_p] + 6 * [c_int64],
+    'ppsr_dictionary_refinement': [*6 * [c_void_p], c_float, *6 * [c_int64]],
 }
 
 

@@ -1,4 +1,4 @@
-/* The loops around the kernels: which tokens form a group, who works on it, where the results go.
+/* The loops around the kernels of attention: which tokens form a group, who works on it, where the results go.
  *
  * The two operators differ only in that. A window is a list of tokens, and so is a category group; neither is ever
  * copied together as a map. The definitions are the reference.py of each operator.
@@ -7,101 +7,19 @@
  * and the logits across are masked. Read in the original map, that is a grid of plain rectangles with its cuts at
  * 0, shift, shift + ws, ...: tokens of different rectangles never attend to each other, so nothing is masked here.
  * (The definition adds -100 instead: a factor of e^-100, below what a float32 sum can hold.)
- *
- * Threads are those of torch: a second OpenMP runtime in the process would spin against torch's. So this file is plain C,
- * and the loader hands in GOMP_parallel, the entry of the runtime that torch has loaded. Tasks are taken from a counter,
- * and whatever is summed over tasks is kept apart per task and added up in their order, so that no result depends on who
- * did what. */
+ */
 
 #include <math.h>
-#include <stdatomic.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "runtime.h"
 
 #define LOG2_E 1.44269504088896341
 
-/* --- instruction sets --------------------------------------------------------------------------------------------- */
 
-extern const struct kernels ppsr_kernels_baseline, ppsr_kernels_avx2, ppsr_kernels_avx512;
-
-static const struct {
-    const char *name;
-    const struct kernels *kernels;
-} targets[] = {
-#if defined(__x86_64__)
-    {"avx512", &ppsr_kernels_avx512},
-    {"avx2", &ppsr_kernels_avx2},
-#endif
-    {"baseline", &ppsr_kernels_baseline},
-};
-enum { TARGETS = sizeof(targets) / sizeof(targets[0]) };
-static int current = TARGETS - 1; /* index into targets */
-
-static int supported(const char *name) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (!strcmp(name, "avx512")) return __builtin_cpu_supports("avx512f");
-    if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-    return !strcmp(name, "baseline");
-}
-
-/* Takes the named instruction set, or the best one for NULL. Returns 0, or -1 if this processor lacks it. */
-int ppsr_set_target(const char *name) {
-    for (int i = 0; i < TARGETS; i++)
-        if ((name == NULL || !strcmp(name, targets[i].name)) && supported(targets[i].name)) {
-            current = i;
-            return 0;
-        }
-    return -1;
-}
-
-const char *ppsr_target(void) { return targets[current].name; }
-
-void ppsr_exp2(const float *x, float *y, int64_t n) { targets[current].kernels->exp2(x, y, n); }
-
-/* --- denormal numbers --------------------------------------------------------------------------------------------- */
-
-/* Tiny probabilities would cost a hundred cycles each. Returns the mode to restore. */
-static uint64_t flush_denormals(void) {
-#if defined(__SSE2__)
-    unsigned mode = _mm_getcsr();
-    _mm_setcsr(mode | 0x8040); /* flush to zero, denormals are zero */
-    return mode;
-#elif defined(__aarch64__)
-    uint64_t mode;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
-    __asm__ volatile("msr fpcr, %0" : : "r"(mode | (1u << 24)));
-    return mode;
-#else
-    return 0;
-#endif
-}
-
-static void restore_denormals(uint64_t mode) {
-#if defined(__SSE2__)
-    _mm_setcsr((unsigned)mode);
-#elif defined(__aarch64__)
-    __asm__ volatile("msr fpcr, %0" : : "r"(mode));
-#else
-    (void)mode;
-#endif
-}
-
-/* --- memory and threads ------------------------------------------------------------------------------------------- */
-
-static void *take(int64_t bytes) { return aligned_alloc(64, padded(bytes ? bytes : 1, 64)); }
-
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+/* --- the heads of a group ----------------------------------------------------------------------------------------- */
 
 /* The members of a group: `keys` tokens of an image, the first `queries` of them also queries. */
 struct group {
@@ -116,61 +34,13 @@ struct desk {
     int more;                 /* the same thread has the next task, too */
 };
 
-struct loop {
-    void (*body)(void *context, int64_t task, struct desk *desk);
-    void *context;
-    int64_t tasks, run, keys, dim; /* groups have at most `keys` tokens; tasks are taken `run` at a time */
-    atomic_llong next;
-    atomic_int failed;
-};
-
-typedef void (*team_function)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
-static team_function run_team; /* GOMP_parallel, or NULL: one thread */
-
-void ppsr_set_team(void *gomp_parallel) { run_team = (team_function)gomp_parallel; }
-
-static void work(void *data) {
-    struct loop *loop = data;
-    const uint64_t mode = flush_denormals();
-    struct desk desk = {.group.token = take(loop->keys * sizeof(int32_t)),
-                        .next.token = take(loop->keys * sizeof(int32_t)),
-                        .scratch = take(scratch_floats(loop->keys, loop->dim) * sizeof(float))};
-    if (desk.group.token && desk.next.token && desk.scratch)
-        for (int64_t task; (task = atomic_fetch_add(&loop->next, loop->run)) < loop->tasks;) {
-            const int64_t end = smaller(task + loop->run, loop->tasks);
-            for (; task < end; task++) {
-                desk.more = task + 1 < end;
-                loop->body(loop->context, task, &desk);
-            }
-        }
-    else
-        loop->failed = 1;
-    free(desk.group.token);
-    free(desk.next.token);
-    free(desk.scratch);
-    restore_denormals(mode);
-}
-
-/* Runs body for every task. Returns 0, or -1 if there was not enough memory. */
-static int for_each(int64_t tasks, int64_t threads, int64_t keys, int64_t dim, void *context,
-                    void (*body)(void *, int64_t, struct desk *)) {
-    struct loop loop = {.body = body, .context = context, .tasks = tasks, .keys = keys, .dim = dim};
-    threads = larger(smaller(threads, tasks), 1);
-    loop.run = larger(smaller(tasks / threads / 8, 8), 1); /* long enough to look ahead, short enough to share out */
-    if (threads > 1 && run_team)
-        run_team(work, &loop, (unsigned)threads, 0);
-    else if (tasks)
-        work(&loop);
-    return loop.failed ? -1 : 0;
-}
-
-/* --- the heads of a group ----------------------------------------------------------------------------------------- */
 
 /* The tensors of either operator; those that a direction does not use are NULL. */
 struct maps {
     int64_t batch, tokens, channels, heads;
     const float *qkv, *grad_out; /* (batch, tokens, 3 channels), (batch, tokens, channels) */
     float *out, *lse, *grad_qkv; /* ..., (batch, heads, tokens), like qkv */
+    int64_t most;                /* tokens of the largest group */
 };
 
 /* What differs between the operators: see struct attention. Of head h is what lies h * step after the pointer. */
@@ -182,6 +52,17 @@ struct extras {
     int64_t bias_step, fill_step;
     double *grad_scale; /* step 1 */
 };
+
+static int for_each_group(int64_t groups, int64_t threads, const struct maps *m, void *context,
+                          void (*body)(void *, int64_t, int, void *)) {
+    const int64_t floats = 2 * padded(m->most, LANES) + scratch_floats(m->most, m->channels / m->heads);
+    return ppsr_for_each(groups, threads, floats * sizeof(float), context, body);
+}
+
+static struct desk set_up(const struct maps *m, void *scratch, int more) {
+    int32_t *token = scratch, *next = token + padded(m->most, LANES);
+    return (struct desk){{.token = token}, {.token = next}, (float *)(next + padded(m->most, LANES)), more};
+}
 
 static void prefetch_rows(const float *x, int64_t floats, const int32_t *token, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
@@ -213,7 +94,7 @@ static void attend(const struct maps *m, const struct desk *desk, const struct e
                               .scratch = desk->scratch};
         if (extras->bias) a.bias = extras->bias + h * extras->bias_step;
         if (!m->grad_out) {
-            targets[current].kernels->forward(&a);
+            ppsr_kernels()->forward(&a);
             continue;
         }
         a.grad_out = m->grad_out + to;
@@ -223,7 +104,7 @@ static void attend(const struct maps *m, const struct desk *desk, const struct e
         if (extras->grad_bias) a.grad_bias = extras->grad_bias + h * extras->bias_step;
         if (extras->grad_fill) a.grad_fill = extras->grad_fill + h * extras->fill_step;
         if (extras->grad_scale) a.grad_scale = extras->grad_scale + h;
-        targets[current].kernels->backward(&a);
+        ppsr_kernels()->backward(&a);
     }
 }
 
@@ -277,8 +158,8 @@ static int add_shape(struct windows *w, int64_t height, int64_t width) {
     s->height = height;
     s->width = width;
     s->slots = 0;
-    s->slot = take(width * sizeof(int64_t));
-    s->start = take(blocks * sizeof(int64_t));
+    s->slot = ppsr_take(width * sizeof(int64_t));
+    s->start = ppsr_take(blocks * sizeof(int64_t));
     if (!s->slot || !s->start) return -1;
     for (int64_t x = 0; x < width; x++) s->slot[x] = -1;
     for (int64_t b = 0; b < blocks; b++) {
@@ -304,7 +185,7 @@ static int plan_windows(struct windows *w) {
     for (int y = 0; y < 3; y++)
         for (int x = 0; x < 3; x++)
             if (add_shape(w, kinds[0][y], kinds[1][x])) return -1;
-    w->bias = take(w->bias_floats * sizeof(float));
+    w->bias = ppsr_take(w->bias_floats * sizeof(float));
     return w->bias ? 0 : -1;
 }
 
@@ -368,18 +249,21 @@ static void attend_rectangle(const struct windows *w, int64_t number, float *gra
     attend(&w->maps, desk, &extras);
 }
 
-static void window_forward_task(void *context, int64_t task, struct desk *desk) {
-    attend_rectangle(context, task, NULL, desk);
+static void window_forward_task(void *context, int64_t task, int more, void *scratch) {
+    const struct windows *w = context;
+    struct desk desk = set_up(&w->maps, scratch, more);
+    attend_rectangle(w, task, NULL, &desk);
 }
 
-static void window_backward_task(void *context, int64_t chunk, struct desk *desk) {
+static void window_backward_task(void *context, int64_t chunk, int more, void *scratch) {
     const struct windows *w = context;
+    struct desk desk = set_up(&w->maps, scratch, more);
     const int64_t all = rectangles(w), end = all * (chunk + 1) / w->chunks;
     float *grad_bias = w->grad_bias + chunk * w->bias_floats;
     memset(grad_bias, 0, w->bias_floats * sizeof(float));
     for (int64_t i = all * chunk / w->chunks; i < end; i++) {
-        desk->more = i + 1 < end;
-        attend_rectangle(w, i, grad_bias, desk);
+        desk.more = i + 1 < end;
+        attend_rectangle(w, i, grad_bias, &desk);
     }
 }
 
@@ -387,12 +271,14 @@ static void window_backward_task(void *context, int64_t chunk, struct desk *desk
  * (batch, heads, height, width). Returns 0, or -1 if there is not enough memory. */
 int ppsr_window_forward(const float *qkv, const float *table, float *out, float *lse, int64_t batch, int64_t height,
                         int64_t width, int64_t channels, int64_t heads, int64_t size, int64_t shift, int64_t threads) {
-    struct windows w = {.maps = {batch, height * width, channels, heads, .qkv = qkv, .out = out, .lse = lse},
+    struct windows w = {.maps = {batch, height * width, channels, heads, .qkv = qkv, .out = out, .lse = lse,
+                                 .most = size * size},
                         .height = height, .width = width, .size = size, .shift = shift};
+    ppsr_expect(out, batch * height * width * channels);
     int failed = plan_windows(&w);
     if (!failed) {
         exchange_bias(&w, table, w.bias, NULL);
-        failed = for_each(rectangles(&w), threads, size * size, channels / heads, &w, window_forward_task);
+        failed = for_each_group(rectangles(&w), threads, &w.maps, &w, window_forward_task);
     }
     free_windows(&w);
     return failed;
@@ -404,19 +290,20 @@ int ppsr_window_backward(const float *grad_out, const float *qkv, const float *o
                          int64_t width, int64_t channels, int64_t heads, int64_t size, int64_t shift,
                          int64_t threads) {
     struct windows w = {.maps = {batch, height * width, channels, heads, .qkv = qkv, .grad_out = grad_out,
-                                 .out = (float *)out, .lse = (float *)lse, .grad_qkv = grad_qkv},
+                                 .out = (float *)out, .lse = (float *)lse, .grad_qkv = grad_qkv, .most = size * size},
                         .height = height, .width = width, .size = size, .shift = shift};
+    ppsr_expect(grad_qkv, batch * height * width * 3 * channels);
     memset(grad_table, 0, (2 * size - 1) * (2 * size - 1) * heads * sizeof(double));
     int failed = plan_windows(&w);
     if (!failed) {
         /* at least 8, so that up to 8 threads give the very same sums */
         w.chunks = smaller(larger(threads, 8), rectangles(&w));
-        w.grad_bias = take(w.chunks * w.bias_floats * sizeof(float));
+        w.grad_bias = ppsr_take(w.chunks * w.bias_floats * sizeof(float));
         failed = w.grad_bias ? 0 : -1;
     }
     if (!failed) {
         exchange_bias(&w, table, w.bias, NULL);
-        failed = for_each(w.chunks, threads, size * size, channels / heads, &w, window_backward_task);
+        failed = for_each_group(w.chunks, threads, &w.maps, &w, window_backward_task);
         for (int64_t chunk = 1; chunk < w.chunks; chunk++)
             for (int64_t i = 0; i < w.bias_floats; i++) w.grad_bias[i] += w.grad_bias[chunk * w.bias_floats + i];
         if (w.chunks) exchange_bias(&w, NULL, w.grad_bias, grad_table);
@@ -441,7 +328,7 @@ static int64_t sort_tokens(int64_t n, const int64_t *category, const uint8_t *pu
     for (int64_t t = 0, at = active; pure && t < n; t++)
         if (pure[t]) order[at++] = (int32_t)t;
     const uint64_t range = (uint64_t)high - (uint64_t)low;
-    int32_t *sorted = range ? take(active * sizeof(int32_t)) : NULL;
+    int32_t *sorted = range ? ppsr_take(active * sizeof(int32_t)) : NULL;
     if (range && !sorted) return -1;
     for (int shift = 0; shift < 64 && range >> shift; shift += BITS) {
         int64_t start[BINS + 1] = {0};
@@ -475,17 +362,26 @@ static int64_t group_count(const struct categories *c, int64_t image) {
     return g ? (c->counts[image] + g - 1) / g : 0;
 }
 
-/* Order of the tokens of an image, and what its pure tokens get; counts is -1 if there was not enough memory. */
-static void sort_task(void *context, int64_t image, struct desk *desk) {
-    (void)desk;
+/* Order of the tokens of an image; counts is -1 if there was not enough memory. */
+static void sort_task(void *context, int64_t image, int more, void *scratch) {
+    (void)more, (void)scratch;
+    const struct categories *c = context;
+    const int64_t n = c->maps.tokens, start = image * n;
+    const uint8_t *pure = c->pure ? c->pure + start : NULL;
+    c->counts[image] = (int32_t)sort_tokens(n, c->category + start, pure, c->order + start);
+}
+
+/* What the pure tokens of an image get, a share of them at a time. */
+enum { SHARES = 16 };
+
+static void pure_task(void *context, int64_t task, int more, void *scratch) {
+    (void)more, (void)scratch;
     const struct categories *c = context;
     const struct maps *m = &c->maps;
-    const int64_t n = m->tokens, start = image * n, channels = m->channels;
-    const uint8_t *pure = c->pure ? c->pure + start : NULL;
-    const int64_t active = sort_tokens(n, c->category + start, pure, c->order + start);
-    c->counts[image] = (int32_t)active;
-    for (int64_t t = 0; pure && t < n; t++) {
-        if (!pure[t]) continue;
+    const int64_t image = task / SHARES, share = task % SHARES, n = m->tokens, active = c->counts[image];
+    const int64_t channels = m->channels, start = image * n, end = active + (n - active) * (share + 1) / SHARES;
+    for (int64_t i = active + (n - active) * share / SHARES; i < end; i++) {
+        const int64_t t = c->order[start + i];
         float *row = m->out + (start + t) * channels;
         if (c->keep)
             memcpy(row, m->qkv + (start + t) * 3 * channels + 2 * channels, channels * sizeof(float));
@@ -507,34 +403,34 @@ static void list_group(const struct categories *c, int64_t number, struct group 
     group->keys = g;
 }
 
-static void group_task(void *context, int64_t task, struct desk *desk) {
+static void group_task(void *context, int64_t task, int more, void *scratch) {
     const struct categories *c = context;
+    struct desk desk = set_up(&c->maps, scratch, more);
     const int64_t fill_step = c->size * 2 * (c->maps.channels / c->maps.heads);
-    list_group(c, task, &desk->group);
-    if (desk->more) list_group(c, task + 1, &desk->next);
+    list_group(c, task, &desk.group);
+    if (more) list_group(c, task + 1, &desk.next);
     struct extras extras = {.scale = c->scale, .fill_step = fill_step};
-    if (c->grad_fill) extras.grad_fill = c->grad_fill + desk->group.image * c->maps.heads * fill_step;
+    if (c->grad_fill) extras.grad_fill = c->grad_fill + desk.group.image * c->maps.heads * fill_step;
     if (c->grad_scale) extras.grad_scale = c->grad_scale + task * c->maps.heads;
-    attend(&c->maps, desk, &extras);
+    attend(&c->maps, &desk, &extras);
 }
 
 /* The groups of all images, both directions. Returns 0, or -1 if there is not enough memory. */
 static int attend_groups(struct categories *c, int64_t threads) {
-    int64_t most = 0;
-    c->first_group = take((c->maps.batch + 1) * sizeof(int64_t));
+    c->first_group = ppsr_take((c->maps.batch + 1) * sizeof(int64_t));
     if (!c->first_group) return -1;
     c->first_group[0] = 0;
     for (int64_t b = 0; b < c->maps.batch; b++) {
         c->first_group[b + 1] = c->first_group[b] + group_count(c, b);
-        most = larger(most, group_size(c, b));
+        c->maps.most = larger(c->maps.most, group_size(c, b));
     }
     const int64_t groups = c->first_group[c->maps.batch];
     if (c->maps.grad_out) {
-        c->grad_scale = take(groups * c->maps.heads * sizeof(double));
-        c->grad_fill = take(c->maps.batch * c->size * 2 * c->maps.channels * sizeof(float));
+        c->grad_scale = ppsr_take(groups * c->maps.heads * sizeof(double));
+        c->grad_fill = ppsr_take(c->maps.batch * c->size * 2 * c->maps.channels * sizeof(float));
         if (!c->grad_scale || !c->grad_fill) return -1;
     }
-    return for_each(groups, threads, most, c->maps.channels / c->maps.heads, c, group_task);
+    return for_each_group(groups, threads, &c->maps, c, group_task);
 }
 
 static void free_categories(struct categories *c) {
@@ -552,9 +448,11 @@ int ppsr_category_forward(const float *qkv, const int64_t *category, const uint8
     struct categories c = {.maps = {batch, tokens, channels, heads, .qkv = qkv, .out = out, .lse = lse},
                            .size = size, .keep = keep, .scale = scale, .category = category, .pure = pure,
                            .order = order, .counts = counts};
-    int failed = for_each(batch, threads, 0, 0, &c, sort_task);
+    ppsr_expect(out, batch * tokens * channels);
+    int failed = ppsr_for_each(batch, threads, 0, &c, sort_task);
     for (int64_t b = 0; b < batch && !failed; b++)
         if (counts[b] < 0) failed = -1;
+    if (!failed && pure) failed = ppsr_for_each(batch * SHARES, threads, 0, &c, pure_task);
     if (!failed) failed = attend_groups(&c, threads);
     free_categories(&c);
     return failed;
@@ -594,6 +492,7 @@ int ppsr_category_backward(const float *grad_out, const float *qkv, const float 
                                     .out = (float *)out, .lse = (float *)lse, .grad_qkv = grad_qkv},
                            .size = smaller(size, tokens), .keep = keep, .scale = scale, .order = (int32_t *)order,
                            .counts = (int32_t *)counts};
+    ppsr_expect(grad_qkv, batch * tokens * 3 * channels);
     const int failed = attend_groups(&c, threads);
     *grad_scale = 0;
     if (!failed) {

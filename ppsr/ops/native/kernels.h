@@ -1,4 +1,4 @@
-/* The interface between the kernels (kernels.c, compiled once per instruction set) and the loops around them. */
+/* The interface between the kernels (*_kernels.c, compiled once per instruction set) and the loops around them. */
 #ifndef PPSR_KERNELS_H
 #define PPSR_KERNELS_H
 
@@ -28,10 +28,64 @@ struct attention {
     double *grad_scale;              /* set; or NULL */
 };
 
+#define CHUNK 48 /* tokens that the linear kernel works on together */
+
+/* Linear layers on the same tokens, and what stands beside them: out = GELU(norm(x) W + b) + add[0] + add[1]. */
+struct linear {
+    const float *x; /* (tokens, in) */
+    int64_t in;
+    float eps; /* of a LayerNorm without weights in front (they belong into W and b), or -1: none */
+    int gelu;  /* whether there is one */
+    int64_t parts;
+    const struct part {
+        const float *weight, *bias; /* (panels, in, 16), (panels, 16): 16 outputs side by side, filled up with zeros */
+        int64_t width;              /* outputs */
+        const float *add[2];        /* like out, or NULL */
+        float *out;                 /* (tokens, width) */
+    } *part;
+};
+
+/* out = u + GELU(depthwise convolution of u + bias), zeros around the map; one image. */
+struct depthwise {
+    const float *u, *weight, *bias; /* (height, width, channels), (kernel, kernel, channels), (channels) */
+    int64_t height, width, channels, kernel;
+    float *out;
+};
+
+/* Similarity of tokens and dictionary: softmax over the entries of q k / |q|; one image. */
+struct dictionary {
+    const float *q, *k; /* (tokens, rank), (entries, rank): k in units of log 2 */
+    int64_t tokens, rank, entries;
+    int64_t channels;
+    const float *v; /* attention: (panels of 16 channels, entries, 16) */
+    float *out;     /* (tokens, channels) */
+    int64_t *category;
+    const float *x;     /* refinement: (tokens, channels) */
+    const float *pivot; /* (entries) what similarities are measured from, near their mean */
+    const float *slope, *peak; /* (entries) weight of a token: 2^(slope * (similarity - pivot) - peak) */
+};
+
+/* Sums over the tokens of a chunk, per entry, of similarity - pivot = d. */
+struct moments {
+    double sum, squares;
+    float least, most;
+};
+
 struct kernels {
     void (*forward)(const struct attention *);
     void (*backward)(const struct attention *);
     void (*exp2)(const float *x, float *y, int64_t n); /* for tests; n a multiple of LANES, aligned to 64 bytes */
+};
+
+/* On the tokens begin ... end - 1, or on a row of a map. */
+struct layer_kernels {
+    void (*linear)(const struct linear *, int64_t begin, int64_t end, float *scratch); /* of CHUNK * in floats */
+    void (*depthwise)(const struct depthwise *, int64_t row);
+    /* scratch: dictionary_floats */
+    void (*attend)(const struct dictionary *, int64_t begin, int64_t end, float *scratch);
+    void (*moments)(const struct dictionary *, int64_t begin, int64_t end, float *scratch, struct moments *);
+    /* Adds to `sums` (panels of 16 channels, entries, 16), weight * x, and to `weights` (entries). */
+    void (*refine)(const struct dictionary *, int64_t begin, int64_t end, float *scratch, float *sums, float *weights);
 };
 
 static inline int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -45,5 +99,8 @@ static inline int64_t scratch_floats(int64_t keys, int64_t dim) {
     int64_t backward = 2 * TILE * LANES + 3 * dim * LANES + 2 * rows + grads;
     return packed + (forward > backward ? forward : backward);
 }
+
+/* Room for the similarities of 16 tokens and four sums like them, the queries, 16 rows of a panel. */
+static inline int64_t dictionary_floats(int64_t rank, int64_t entries) { return (5 * entries + rank + LANES) * LANES; }
 
 #endif

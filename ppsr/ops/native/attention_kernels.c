@@ -2,8 +2,7 @@
  *
  * Why it is built this way: head dims are small (12 in ATD-light), so a product that keeps a head in the lanes wastes
  * them. Instead 16 queries sit in the lanes, keys and values are broadcast from memory, and every one of the seven
- * products is the same loop, `product` below, with other strides: C(i) += sum_k A(k) * b(i, k), where A(k) and C(i) are
- * rows of 16 floats and b(i, k) is a scalar. No matrix is ever transposed, and logits and probabilities (keys x 16) stay
+ * products is the same loop (products.h) with other strides. No matrix is ever transposed, and logits and probabilities (keys x 16) stay
  * in the L1 cache.
  *
  * Logits are kept in units of log 2 (scale and bias arrive multiplied by log2 e), so that the exponential is exp2. */
@@ -14,46 +13,9 @@
 #include <stddef.h>
 #include <string.h>
 
-#include "simd.h"
+#include "products.h"
 
 #define LOG2_E 1.44269504088896341
-#define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
-
-/* C(i) = start(i) + sum_k A(k) * b(i, k) for `rows` <= BLOCK rows; start is NULL for zeros. */
-INLINE void product_block(int rows, int64_t depth, const float *a, const float *b, int64_t row_step, int64_t depth_step,
-                          const float *start, float *c) {
-    vf sum[BLOCK][NV];
-    EACH(i, rows)
-        EACH(v, NV) sum[i][v] = start ? load(start + i * LANES + v * VL) : splat(0);
-    for (int64_t k = 0; k < depth; k++) {
-        vf x[NV];
-        EACH(v, NV) x[v] = load(a + k * LANES + v * VL);
-        EACH(i, rows) {
-            float y = b[i * row_step + k * depth_step];
-            EACH(v, NV) sum[i][v] += x[v] * y;
-        }
-    }
-    EACH(i, rows)
-        EACH(v, NV) store(c + i * LANES + v * VL, sum[i][v]);
-}
-
-/* The same for any number of rows. */
-INLINE void product(int64_t rows, int64_t depth, const float *a, const float *b, int64_t row_step, int64_t depth_step,
-                    const float *start, float *c) {
-    int64_t i = 0;
-    for (; i + BLOCK <= rows; i += BLOCK)
-        product_block(BLOCK, depth, a, b + i * row_step, row_step, depth_step, start ? start + i * LANES : NULL,
-                      c + i * LANES);
-    /* the rest in powers of two, to keep several accumulators going */
-#pragma GCC unroll 4
-    for (int step = 8; step; step /= 2)
-        if (step < BLOCK && rows - i >= step) {
-            product_block(step, depth, a, b + i * row_step, row_step, depth_step, start ? start + i * LANES : NULL,
-                          c + i * LANES);
-            i += step;
-        }
-}
 
 /* Copies rows of a head side by side. */
 INLINE void pack(int64_t n, int64_t dim, const float *x, int64_t stride, const int32_t *token, float *packed) {
@@ -75,16 +37,6 @@ INLINE void load_rows(int64_t n, int64_t dim, const float *x, int64_t stride, co
     for (int64_t l = 0; l < n; l++)
         for (int64_t i = 0; i < dim; i++)
             rows[((i / LANES) * LANES + l) * LANES + i % LANES] = x[token[l] * stride + i];
-}
-
-/* `count` vectors of logits -> exponentials relative to the peaks, which are added to the sums. */
-INLINE void exponentials(int count, float *logits, const vf *peak, vf *sum) {
-    vf x[IN_STEP];
-    EACH(i, count) x[i] = load(logits + i * VL) - peak[i % NV];
-    exp2_in_step(count, x);
-    EACH(i, count) store(logits + i * VL, x[i]);
-    EACH(i, count - NV) x[i + NV] += x[i]; /* pairs first: a shorter chain through the sums */
-    EACH(v, NV) sum[v] += x[count - NV + v];
 }
 
 INLINE void forward_of(const struct attention *a, const int64_t dim) {
@@ -129,7 +81,7 @@ INLINE void forward_of(const struct attention *a, const int64_t dim) {
 INLINE void slopes(int count, float *p, float *ds, const float *lse, const float *delta, float *sums) {
     vf x[IN_STEP];
     /* never above 0: logits so large that rounding moves them past their log-sum-exp must not overflow */
-    EACH(i, count) x[i] = -vmax(splat(0), load(lse + i % NV * VL) - load(p + i * VL));
+    EACH(i, count) x[i] = vmin(splat(0), load(p + i * VL) - load(lse + i % NV * VL));
     exp2_in_step(count, x);
     EACH(i, count) store(p + i * VL, x[i]);
     EACH(i, count) x[i] *= load(ds + i * VL) - load(delta + i % NV * VL);
@@ -228,4 +180,4 @@ static void exp2_array(const float *x, float *y, int64_t n) {
     for (int64_t i = 0; i < n; i += VL) store(y + i, exp2v(load(x + i)));
 }
 
-const struct kernels JOIN(ppsr_kernels_, TARGET) = {forward, backward, exp2_array};
+const struct kernels FOR_TARGET(ppsr_kernels_) = {forward, backward, exp2_array};

@@ -1,0 +1,304 @@
+/* What a layer does between its self-attentions, each a single pass over the tokens, float32: linear layers with their
+ * neighbours, the depthwise convolution with its own, and the attention between tokens and dictionary. A map has 48
+ * channels, so a product on it costs about as much as to read and write it: no intermediate result goes to memory. */
+
+#include "kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "products.h"
+
+/* --- linear layers ------------------------------------------------------------------------------------------------ */
+
+/* Rows of x without their mean, over their standard deviation. */
+INLINE void normalise(int64_t n, int64_t in, float eps, const float *x, float *y) {
+    const int64_t whole = in / VL * VL;
+    for (; n > 0; n--, x += in, y += in) {
+        vf total = splat(0), squares = splat(0);
+        float mean = 0, variance = 0;
+        for (int64_t i = 0; i < whole; i += VL) total += load_anywhere(x + i);
+        for (int v = 0; v < VL; v++) mean += total[v];
+        for (int64_t i = whole; i < in; i++) mean += x[i];
+        mean /= (float)in;
+        for (int64_t i = 0; i < whole; i += VL) {
+            const vf d = load_anywhere(x + i) - mean;
+            squares += d * d;
+        }
+        for (int v = 0; v < VL; v++) variance += squares[v];
+        for (int64_t i = whole; i < in; i++) variance += (x[i] - mean) * (x[i] - mean);
+        const float factor = 1 / sqrtf(variance / (float)in + eps);
+        for (int64_t i = 0; i < whole; i += VL) store_anywhere(y + i, (load_anywhere(x + i) - mean) * factor);
+        for (int64_t i = whole; i < in; i++) y[i] = (x[i] - mean) * factor;
+    }
+}
+
+/* `rows` <= BLOCK tokens, 16 outputs of which the first `lanes` exist, at `at` in the tensors of the part. */
+INLINE void linear_block(int rows, int64_t in, const float *x, const float *weight, const float *bias, int has_gelu,
+                         int64_t lanes, const struct part *part, int64_t at) {
+    vf y[BLOCK][NV];
+    EACH(i, rows)
+        EACH(v, NV) y[i][v] = load(bias + v * VL);
+    for (int64_t k = 0; k < in; k++) {
+        vf w[NV];
+        EACH(v, NV) w[v] = load(weight + k * LANES + v * VL);
+        EACH(i, rows)
+            EACH(v, NV) y[i][v] += w[v] * x[i * in + k];
+    }
+    if (has_gelu) EACH(i, rows) EACH(v, NV) y[i][v] = gelu(y[i][v]);
+    if (lanes == LANES) {
+        for (int a = 0; a < 2 && part->add[a]; a++)
+            EACH(i, rows)
+                EACH(v, NV) y[i][v] += load_anywhere(part->add[a] + at + i * part->width + v * VL);
+        EACH(i, rows)
+            EACH(v, NV) store_anywhere(part->out + at + i * part->width + v * VL, y[i][v]);
+        return;
+    }
+    EACH(i, rows) {
+        float row[LANES] __attribute__((aligned(64)));
+        EACH(v, NV) store(row + v * VL, y[i][v]);
+        for (int64_t l = 0; l < lanes; l++) {
+            const int64_t to = at + i * part->width + l;
+            for (int a = 0; a < 2 && part->add[a]; a++) row[l] += part->add[a][to];
+            part->out[to] = row[l];
+        }
+    }
+}
+
+INLINE void linear_panel(int64_t n, int64_t in, const float *x, const struct part *part, int64_t first, int64_t panel,
+                         int has_gelu) {
+    const float *weight = part->weight + panel * in * LANES, *bias = part->bias + panel * LANES;
+    const int64_t left = part->width - panel * LANES, lanes = left < LANES ? left : LANES;
+    int64_t i = 0, at = first * part->width + panel * LANES;
+    for (; i + BLOCK <= n; i += BLOCK, at += BLOCK * part->width)
+        linear_block(BLOCK, in, x + i * in, weight, bias, has_gelu, lanes, part, at);
+    for (; i < n; i++, at += part->width) linear_block(1, in, x + i * in, weight, bias, has_gelu, lanes, part, at);
+}
+
+INLINE void prefetch(const float *x, int64_t floats) {
+    for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(x + i, 0, 2);
+}
+
+static void linear(const struct linear *l, int64_t begin, int64_t end, float *scratch) {
+    for (int64_t first = begin; first < end; first += CHUNK) {
+        const int64_t n = end - first < CHUNK ? end - first : CHUNK;
+        const int64_t next = first + CHUNK, soon = next < end ? (end - next < CHUNK ? end - next : CHUNK) : 0;
+        /* memory that is read in steps of a row, which the processor does not foresee */
+        prefetch(l->x + next * l->in, soon * l->in);
+        for (int a = 0; a < 2 && l->part->add[a]; a++)
+            prefetch(l->part->add[a] + next * l->part->width, soon * l->part->width);
+        const float *x = l->x + first * l->in;
+        if (l->eps >= 0) {
+            normalise(n, l->in, l->eps, x, scratch);
+            x = scratch;
+        }
+        for (int64_t p = 0; p < l->parts; p++)
+            for (int64_t panel = 0; panel * LANES < l->part[p].width; panel++)
+                if (l->gelu)
+                    linear_panel(n, l->in, x, &l->part[p], first, panel, 1);
+                else
+                    linear_panel(n, l->in, x, &l->part[p], first, panel, 0);
+    }
+}
+
+/* --- depthwise convolution ---------------------------------------------------------------------------------------- */
+
+enum { COLUMNS = 7 }; /* outputs that are worked on together, so that 7 sums and 7 weights fill 16 registers */
+
+/* `n` neighbouring outputs from column x on, VL channels from c on. `inside`: no column is beyond the border. */
+INLINE void depthwise_block(const struct depthwise *d, int n, int64_t kernel, int64_t y, int64_t x, int64_t c,
+                            int inside) {
+    const int64_t half = kernel / 2, channels = d->channels;
+    vf sum[COLUMNS];
+    EACH(i, n) sum[i] = load_anywhere(d->bias + c);
+    for (int64_t ky = 0; ky < kernel; ky++) {
+        if (y + ky < half || y + ky - half >= d->height) continue;
+        const float *u = d->u + ((y + ky - half) * d->width + x - half) * channels + c;
+        const float *weight = d->weight + ky * kernel * channels + c;
+        if (inside) {
+            vf w[COLUMNS];
+            EACH(k, kernel) w[k] = load_anywhere(weight + k * channels);
+            EACH(j, n + kernel - 1) {
+                const vf near = load_anywhere(u + j * channels);
+                EACH(i, n)
+                    if (j >= i && j - i < kernel) sum[i] += near * w[j - i];
+            }
+        } else {
+            for (int64_t k = 0; k < kernel; k++)
+                EACH(i, n)
+                    if (x + i + k >= half && x + i + k - half < d->width)
+                        sum[i] += load_anywhere(u + (i + k) * channels) * load_anywhere(weight + k * channels);
+        }
+    }
+    EACH(i, n) {
+        const int64_t at = (y * d->width + x + i) * channels + c;
+        store_anywhere(d->out + at, load_anywhere(d->u + at) + gelu(sum[i]));
+    }
+}
+
+/* Columns in which a kernel of known size fits into the map, COLUMNS at a time; the rest one by one. */
+INLINE void depthwise_columns(const struct depthwise *d, int64_t kernel, int64_t y, int64_t begin, int64_t end) {
+    const int64_t half = kernel / 2;
+    /* the last channels once more where they do not fill a vector: it is the same result */
+    for (int64_t c = 0; c < d->channels; c = c + VL < d->channels && c + 2 * VL > d->channels ? d->channels - VL : c + VL)
+        for (int64_t x = begin; x < end;)
+            if (kernel <= COLUMNS && x >= half && x + COLUMNS <= end && x + COLUMNS + half <= d->width) {
+                depthwise_block(d, COLUMNS, kernel, y, x, c, 1);
+                x += COLUMNS;
+            } else {
+                depthwise_block(d, 1, kernel, y, x, c, 0);
+                x++;
+            }
+}
+
+static void depthwise(const struct depthwise *d, int64_t row) {
+    enum { TOGETHER = 32 }; /* columns: few enough for the cache to keep their neighbourhood for all channels */
+    for (int64_t x = 0; x < d->width; x += TOGETHER) {
+        const int64_t end = x + TOGETHER < d->width ? x + TOGETHER : d->width;
+        if (d->kernel == 7)
+            depthwise_columns(d, 7, row, x, end);
+        else if (d->kernel == 5)
+            depthwise_columns(d, 5, row, x, end);
+        else if (d->kernel == 3)
+            depthwise_columns(d, 3, row, x, end);
+        else
+            for (int64_t c = 0; c < d->channels;
+                 c = c + VL < d->channels && c + 2 * VL > d->channels ? d->channels - VL : c + VL)
+                for (int64_t i = x; i < end; i++) depthwise_block(d, 1, d->kernel, row, i, c, 0);
+    }
+}
+
+/* --- tokens and dictionary ---------------------------------------------------------------------------------------- */
+
+/* Similarity of 16 tokens from `first` on (n of them exist) to all entries -> p (entries, 16); category may be NULL. */
+INLINE void similarity(const struct dictionary *d, int64_t first, int64_t n, float *q, float *p, int64_t *category) {
+    const int64_t rank = d->rank;
+    float length[LANES] __attribute__((aligned(64))) = {0};
+    if (n < LANES) memset(q, 0, rank * LANES * sizeof(float));
+    for (int64_t l = 0; l < n; l++)
+        for (int64_t i = 0; i < rank; i++) q[i * LANES + l] = d->q[(first + l) * rank + i];
+    for (int64_t i = 0; i < rank; i++)
+        EACH(v, NV) {
+            const vf x = load(q + i * LANES + v * VL);
+            store(length + v * VL, load(length + v * VL) + x * x);
+        }
+    for (int l = 0; l < LANES; l++) length[l] = sqrtf(length[l]);
+    for (int64_t i = 0; i < rank; i++)
+        EACH(v, NV) {
+            const vf x = load(q + i * LANES + v * VL);
+            store(q + i * LANES + v * VL, x / vmax(splat(1e-12f), load(length + v * VL)));
+        }
+    product(d->entries, rank, q, d->k, rank, 1, NULL, p);
+
+    vf peak[NV], sum[NV];
+    vi best[NV];
+    EACH(v, NV) peak[v] = load(p + v * VL), sum[v] = splat(0), best[v] = (vi){0};
+    for (int64_t m = 1; m < d->entries; m++)
+        EACH(v, NV) {
+            const vf x = load(p + m * LANES + v * VL);
+            const vi above = x > peak[v];
+            best[v] = (above & ((vi){0} + (int32_t)m)) | (~above & best[v]);
+            peak[v] = vmax(x, peak[v]);
+        }
+    if (category)
+        for (int64_t l = 0; l < n; l++) category[first + l] = best[l / VL][l % VL];
+    int64_t m = 0;
+    for (; m + IN_STEP / NV <= d->entries; m += IN_STEP / NV) exponentials(IN_STEP, p + m * LANES, peak, sum);
+    for (; m < d->entries; m++) exponentials(NV, p + m * LANES, peak, sum);
+    EACH(v, NV) sum[v] = 1.0f / sum[v];
+    for (m = 0; m < d->entries; m++)
+        EACH(v, NV) store(p + m * LANES + v * VL, load(p + m * LANES + v * VL) * sum[v]);
+}
+
+/* 1 for tokens that exist, else 0. */
+INLINE void existing(int64_t n, vf *mask) {
+    float lanes[LANES] __attribute__((aligned(64)));
+    for (int l = 0; l < LANES; l++) lanes[l] = l < n;
+    EACH(v, NV) mask[v] = load(lanes + v * VL);
+}
+
+static void attend(const struct dictionary *d, int64_t begin, int64_t end, float *scratch) {
+    const int64_t entries = d->entries, channels = d->channels;
+    float *q = scratch, *p = q + d->rank * LANES, *rows = p + entries * LANES;
+    for (int64_t first = begin; first < end; first += LANES) {
+        const int64_t n = end - first < LANES ? end - first : LANES;
+        similarity(d, first, n, q, p, d->category);
+        for (int64_t c = 0; c < channels; c += LANES) {
+            product(LANES, entries, d->v + c * entries, p, 1, LANES, NULL, rows);
+            const int64_t width = channels - c < LANES ? channels - c : LANES;
+            for (int64_t l = 0; l < n; l++) {
+                float *to = d->out + (first + l) * channels + c;
+                if (width == LANES)
+                    EACH(v, NV) store_anywhere(to + v * VL, load(rows + l * LANES + v * VL));
+                else
+                    memcpy(to, rows + l * LANES, width * sizeof(float));
+            }
+        }
+    }
+}
+
+static void moments(const struct dictionary *d, int64_t begin, int64_t end, float *scratch, struct moments *result) {
+    const int64_t entries = d->entries, all = entries * LANES;
+    float *q = scratch, *p = q + d->rank * LANES, *sum = p + all, *squares = sum + all, *least = squares + all;
+    float *most = least + all;
+    memset(sum, 0, 2 * all * sizeof(float));
+    for (int64_t i = 0; i < all; i++) least[i] = INFINITY, most[i] = -INFINITY;
+    for (int64_t first = begin; first < end; first += LANES) {
+        const int64_t n = end - first < LANES ? end - first : LANES;
+        vf mask[NV];
+        existing(n, mask);
+        similarity(d, first, n, q, p, NULL);
+        for (int64_t m = 0; m < entries; m++)
+            EACH(v, NV) {
+                const int64_t at = m * LANES + v * VL;
+                /* where there is no token it counts as one of similarity `pivot`, which the sums do not feel */
+                const vf x = (load(p + at) - d->pivot[m]) * mask[v];
+                store(sum + at, load(sum + at) + x);
+                store(squares + at, load(squares + at) + x * x);
+                store(least + at, vmin(load(least + at), x));
+                store(most + at, vmax(load(most + at), x));
+            }
+    }
+    for (int64_t m = 0; m < entries; m++) {
+        result[m] = (struct moments){0, 0, INFINITY, -INFINITY};
+        for (int64_t at = m * LANES; at < (m + 1) * LANES; at++) {
+            result[m].sum += sum[at];
+            result[m].squares += squares[at];
+            result[m].least = least[at] < result[m].least ? least[at] : result[m].least;
+            result[m].most = most[at] > result[m].most ? most[at] : result[m].most;
+        }
+    }
+}
+
+static void refine(const struct dictionary *d, int64_t begin, int64_t end, float *scratch, float *sums, float *weights) {
+    const int64_t entries = d->entries, channels = d->channels;
+    float *q = scratch, *p = q + d->rank * LANES, *total = p + entries * LANES, *rows = total + entries * LANES;
+    memset(total, 0, entries * LANES * sizeof(float));
+    for (int64_t first = begin; first < end; first += LANES) {
+        const int64_t n = end - first < LANES ? end - first : LANES;
+        vf mask[NV];
+        existing(n, mask);
+        similarity(d, first, n, q, p, NULL);
+        for (int64_t m = 0; m < entries; m++) {
+            vf w[NV];
+            EACH(v, NV) w[v] = (load(p + m * LANES + v * VL) - d->pivot[m]) * mask[v] * d->slope[m] - d->peak[m];
+            exp2_in_step(NV, w);
+            EACH(v, NV) {
+                const int64_t at = m * LANES + v * VL;
+                w[v] *= mask[v];
+                store(p + at, w[v]);
+                store(total + at, load(total + at) + w[v]);
+            }
+        }
+        for (int64_t c = 0; c < channels; c += LANES) {
+            const int64_t width = channels - c < LANES ? channels - c : LANES;
+            if (n < LANES || width < LANES) memset(rows, 0, LANES * LANES * sizeof(float));
+            for (int64_t l = 0; l < n; l++)
+                memcpy(rows + l * LANES, d->x + (first + l) * channels + c, width * sizeof(float));
+            product(entries, LANES, rows, p, LANES, 1, sums + c * entries, sums + c * entries);
+        }
+    }
+    for (int64_t i = 0; i < entries * LANES; i++) weights[i / LANES] += total[i];
+}
+
+const struct layer_kernels FOR_TARGET(ppsr_layer_kernels_) = {linear, depthwise, attend, moments, refine};

@@ -1,0 +1,254 @@
+/* The loops around the kernels of layers: how weights are laid out, who works on which tokens, how sums are put
+ * together. The definitions are the PyTorch code in ppsr/ops/layers.py. */
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "runtime.h"
+
+enum { RUN = 10 * CHUNK, /* tokens of a task of linear layers */
+       FEW = 64 * LANES, /* tokens of a task of the dictionary, at least, */
+       MOST_TASKS = 256, /* unless that makes more tasks than this per image */
+};
+
+/* --- linear layers ------------------------------------------------------------------------------------------------ */
+
+struct linear_loop {
+    struct linear linear;
+    int64_t tokens;
+};
+
+static void linear_task(void *context, int64_t task, int more, void *scratch) {
+    (void)more;
+    const struct linear_loop *loop = context;
+    ppsr_layer_kernels()->linear(&loop->linear, task * RUN, smaller((task + 1) * RUN, loop->tokens), scratch);
+}
+
+/* weight (width, in), bias (width) -> panels of 16 outputs, (in + 1) rows of 16 each with the bias behind all weights;
+ * the LayerNorm's own weights go into both. Returns where the biases begin. */
+static float *pack(const float *weight, const float *bias, const float *norm_weight, const float *norm_bias, int64_t in,
+                   int64_t width, float *packed) {
+    const int64_t panels = padded(width, LANES) / LANES;
+    float *biases = packed + panels * in * LANES;
+    memset(packed, 0, panels * (in + 1) * LANES * sizeof(float));
+    for (int64_t o = 0; o < width; o++) {
+        double sum = bias ? bias[o] : 0;
+        for (int64_t i = 0; i < in; i++) {
+            const float w = weight[o * in + i];
+            if (norm_bias) sum += (double)w * norm_bias[i];
+            packed[(o / LANES * in + i) * LANES + o % LANES] = norm_weight ? w * norm_weight[i] : w;
+        }
+        biases[o] = (float)sum;
+    }
+    return biases;
+}
+
+/* x (tokens, in), LayerNorm (in) twice or NULL, weight (width, in), bias (width) or NULL, a second layer of the same or
+ * NULL -> out (tokens, width) and out2. What is added, like out, or NULL, belongs to the first layer. */
+int ppsr_linear(const float *x, const float *norm_weight, const float *norm_bias, const float *weight,
+                const float *bias, const float *weight2, const float *bias2, const float *add, const float *add2,
+                float *out, float *out2, float eps, int64_t tokens, int64_t in, int64_t width, int64_t width2,
+                int64_t has_gelu, int64_t threads) {
+    ppsr_expect(out, tokens * width);
+    if (weight2) ppsr_expect(out2, tokens * width2);
+    const int64_t floats = padded(width, LANES) * (in + 1);
+    float *packed = ppsr_take((floats + padded(width2, LANES) * (in + 1)) * sizeof(float));
+    if (!packed) return -1;
+    const float *biases = pack(weight, bias, norm_weight, norm_bias, in, width, packed);
+    const float *biases2 = weight2 ? pack(weight2, bias2, norm_weight, norm_bias, in, width2, packed + floats) : NULL;
+    const struct part parts[2] = {{packed, biases, width, {add ? add : add2, add ? add2 : NULL}, out},
+                                  {packed + floats, biases2, width2, {NULL, NULL}, out2}};
+    struct linear_loop loop = {{x, in, norm_weight ? eps : -1, has_gelu != 0, weight2 ? 2 : 1, parts}, tokens};
+    const int failed =
+        ppsr_for_each((tokens + RUN - 1) / RUN, threads, CHUNK * in * sizeof(float), &loop, linear_task);
+    free(packed);
+    return failed;
+}
+
+/* --- depthwise convolution ---------------------------------------------------------------------------------------- */
+
+static void depthwise_task(void *context, int64_t task, int more, void *scratch) {
+    (void)more, (void)scratch;
+    struct depthwise image = *(const struct depthwise *)context;
+    const int64_t skip = task / image.height * image.height * image.width * image.channels;
+    image.u += skip;
+    image.out += skip;
+    ppsr_layer_kernels()->depthwise(&image, task % image.height);
+}
+
+/* u (batch, height, width, channels), weight (channels, kernel, kernel), bias (channels) -> out like u; channels >= 16,
+ * kernel odd. */
+int ppsr_depthwise(const float *u, const float *weight, const float *bias, float *out, int64_t batch, int64_t height,
+                   int64_t width, int64_t channels, int64_t kernel, int64_t threads) {
+    ppsr_expect(out, batch * height * width * channels);
+    const int64_t taps = kernel * kernel;
+    float *by_tap = ppsr_take(taps * channels * sizeof(float));
+    if (!by_tap) return -1;
+    for (int64_t c = 0; c < channels; c++)
+        for (int64_t t = 0; t < taps; t++) by_tap[t * channels + c] = weight[c * taps + t];
+    struct depthwise d = {u, by_tap, bias, height, width, channels, kernel, out};
+    const int failed = ppsr_for_each(batch * height, threads, 0, &d, depthwise_task);
+    free(by_tap);
+    return failed;
+}
+
+/* --- tokens and dictionary ---------------------------------------------------------------------------------------- */
+
+struct dictionary_loop {
+    struct dictionary first; /* image */
+    int64_t run, tasks;      /* tokens of a task, tasks of an image */
+    struct moments *moments; /* (batch, tasks, entries), of the refinement */
+    float *sums;             /* (batch, tasks, ...): per task (panels, entries, 16), then (entries) weights alone */
+};
+
+static int64_t panels_of(const struct dictionary *d) { return padded(d->channels, LANES) / LANES; }
+
+/* Floats of a task's sums, and of those the ones before its weights; rows begin at multiples of 64 bytes. */
+static int64_t sums_of(const struct dictionary *d) { return d->entries * panels_of(d) * LANES; }
+static int64_t sums_and_weights_of(const struct dictionary *d) { return sums_of(d) + padded(d->entries, LANES); }
+
+static struct dictionary_loop plan(struct dictionary first) {
+    const int64_t run = larger(FEW, padded((first.tokens + MOST_TASKS - 1) / MOST_TASKS, LANES));
+    return (struct dictionary_loop){first, run, (first.tokens + run - 1) / run, NULL, NULL};
+}
+
+/* The image of a task and its tokens. */
+static struct dictionary locate(const struct dictionary_loop *loop, int64_t task, int64_t *begin, int64_t *end) {
+    struct dictionary d = loop->first;
+    const int64_t image = task / loop->tasks;
+    *begin = task % loop->tasks * loop->run;
+    *end = smaller(*begin + loop->run, d.tokens);
+    d.q += image * d.tokens * d.rank;
+    d.k += image * d.entries * d.rank;
+    if (d.v) d.v += image * d.entries * panels_of(&d) * LANES;
+    if (d.out) d.out += image * d.tokens * d.channels;
+    if (d.category) d.category += image * d.tokens;
+    if (d.x) d.x += image * d.tokens * d.channels;
+    if (d.pivot) d.pivot += image * d.entries;
+    if (d.slope) d.slope += image * d.entries;
+    if (d.peak) d.peak += image * d.entries;
+    return d;
+}
+
+static int for_each_run(struct dictionary_loop *loop, int64_t batch, int64_t threads,
+                        void (*body)(void *, int64_t, int, void *)) {
+    const int64_t floats = dictionary_floats(loop->first.rank, loop->first.entries);
+    return ppsr_for_each(batch * loop->tasks, threads, floats * sizeof(float), loop, body);
+}
+
+static void attend_task(void *context, int64_t task, int more, void *scratch) {
+    (void)more;
+    int64_t begin, end;
+    const struct dictionary d = locate(context, task, &begin, &end);
+    ppsr_layer_kernels()->attend(&d, begin, end, scratch);
+}
+
+/* q (batch, tokens, rank), k (batch, entries, rank) in units of log 2, v (batch, entries, channels) -> out (batch,
+ * tokens, channels), category (batch, tokens). */
+int ppsr_dictionary_attention(const float *q, const float *k, const float *v, float *out, int64_t *category,
+                              int64_t batch, int64_t tokens, int64_t rank, int64_t entries, int64_t channels,
+                              int64_t threads) {
+    ppsr_expect(out, batch * tokens * channels);
+    const int64_t panels = padded(channels, LANES) / LANES;
+    float *packed = ppsr_take(batch * panels * entries * LANES * sizeof(float));
+    if (!packed) return -1;
+    memset(packed, 0, batch * panels * entries * LANES * sizeof(float));
+    for (int64_t i = 0; i < batch * entries * channels; i++) {
+        const int64_t image = i / channels / entries, m = i / channels % entries, c = i % channels;
+        packed[((image * panels + c / LANES) * entries + m) * LANES + c % LANES] = v[i];
+    }
+    struct dictionary_loop loop = plan((struct dictionary){
+        .q = q, .k = k, .tokens = tokens, .rank = rank, .entries = entries, .channels = channels, .v = packed,
+        .out = out, .category = category});
+    const int failed = for_each_run(&loop, batch, threads, attend_task);
+    free(packed);
+    return failed;
+}
+
+static void moments_task(void *context, int64_t task, int more, void *scratch) {
+    (void)more;
+    const struct dictionary_loop *loop = context;
+    int64_t begin, end;
+    const struct dictionary d = locate(loop, task, &begin, &end);
+    ppsr_layer_kernels()->moments(&d, begin, end, scratch, loop->moments + task * d.entries);
+}
+
+static void refine_task(void *context, int64_t task, int more, void *scratch) {
+    (void)more;
+    const struct dictionary_loop *loop = context;
+    int64_t begin, end;
+    const struct dictionary d = locate(loop, task, &begin, &end);
+    const int64_t floats = sums_and_weights_of(&d);
+    float *sums = loop->sums + task * floats;
+    memset(sums, 0, floats * sizeof(float));
+    ppsr_layer_kernels()->refine(&d, begin, end, scratch, sums, sums + sums_of(&d));
+}
+
+/* Mean and variance of the similarities, the largest of what they weigh -> slope and peak of the weights. */
+static void weigh(const struct dictionary_loop *loop, int64_t image, const float *weight, const float *bias, float eps,
+                  float *slope, float *peak) {
+    const int64_t entries = loop->first.entries;
+    for (int64_t m = 0; m < entries; m++) {
+        double sum = 0, squares = 0;
+        float least = INFINITY, most = -INFINITY;
+        for (int64_t t = 0; t < loop->tasks; t++) {
+            const struct moments *part = loop->moments + (image * loop->tasks + t) * entries + m;
+            sum += part->sum;
+            squares += part->squares;
+            least = fminf(least, part->least);
+            most = fmaxf(most, part->most);
+        }
+        const double mean = sum / (double)loop->first.tokens, variance = squares / (double)loop->first.tokens - mean * mean;
+        const double factor = weight[m] / sqrt((variance > 0 ? variance : variance * 0) + eps) / log(2);
+        slope[image * entries + m] = (float)factor;
+        /* the bias and the mean are the same for all tokens, so they do not change the weights; unless they are NaN */
+        peak[image * entries + m] = (float)factor * (factor > 0 ? most : least) + 0 * bias[m];
+    }
+}
+
+/* Softmax over the tokens of the normalised similarities, times x: q, k as above, x (batch, tokens, channels), weight
+ * and bias (entries) of the normalisation -> out (batch, entries, channels). */
+int ppsr_dictionary_refinement(const float *q, const float *k, const float *x, const float *weight, const float *bias,
+                               float *out, float eps, int64_t batch, int64_t tokens, int64_t rank, int64_t entries,
+                               int64_t channels, int64_t threads) {
+    struct dictionary_loop loop = plan((struct dictionary){
+        .q = q, .k = k, .tokens = tokens, .rank = rank, .entries = entries, .channels = channels, .x = x});
+    const int64_t floats = sums_and_weights_of(&loop.first);
+    float *pivot = ppsr_take(3 * batch * entries * sizeof(float)); /* pivot, slope, peak */
+    float *scratch = ppsr_take(dictionary_floats(rank, entries) * sizeof(float));
+    loop.moments = ppsr_take(batch * loop.tasks * entries * sizeof(struct moments));
+    loop.sums = ppsr_take(batch * loop.tasks * floats * sizeof(float));
+    int failed = pivot && scratch && loop.moments && loop.sums ? 0 : -1;
+    if (!failed) {
+        float *slope = pivot + batch * entries, *peak = slope + batch * entries;
+        memset(pivot, 0, batch * entries * sizeof(float));
+        loop.first.pivot = pivot;
+        for (int64_t b = 0; b < batch; b++) { /* measured from 0, the sum over one token is its similarity */
+            int64_t begin, end;
+            const struct dictionary d = locate(&loop, b * loop.tasks, &begin, &end);
+            ppsr_layer_kernels()->moments(&d, 0, 1, scratch, loop.moments);
+            for (int64_t m = 0; m < entries; m++) pivot[b * entries + m] = (float)loop.moments[m].sum;
+        }
+        failed = for_each_run(&loop, batch, threads, moments_task);
+        for (int64_t b = 0; b < batch; b++) weigh(&loop, b, weight, bias, eps, slope, peak);
+        loop.first.slope = slope;
+        loop.first.peak = peak;
+    }
+    if (!failed) failed = for_each_run(&loop, batch, threads, refine_task);
+    for (int64_t i = 0; !failed && i < batch * entries * channels; i++) {
+        const int64_t image = i / channels / entries, m = i / channels % entries, c = i % channels;
+        double sum = 0, total = 0;
+        for (int64_t t = 0; t < loop.tasks; t++) {
+            const float *sums = loop.sums + (image * loop.tasks + t) * floats;
+            sum += sums[(c / LANES * entries + m) * LANES + c % LANES];
+            total += sums[sums_of(&loop.first) + m];
+        }
+        out[i] = (float)(sum / total);
+    }
+    free(pivot);
+    free(scratch);
+    free(loop.moments);
+    free(loop.sums);
+    return failed;
+}

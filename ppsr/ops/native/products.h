@@ -1,0 +1,59 @@
+/* The one matrix product of all kernels: C(i) += sum_k A(k) * b(i, k), where A(k) and C(i) are rows of 16 floats and
+ * b(i, k) is a scalar at any stride. */
+#ifndef PPSR_PRODUCTS_H
+#define PPSR_PRODUCTS_H
+
+#include <stddef.h>
+
+#include "simd.h"
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define FOR_TARGET(name) JOIN(name, TARGET) /* setup.py compiles the kernels once for each TARGET */
+
+/* C(i) = start(i) + sum_k A(k) * b(i, k) for `rows` <= BLOCK rows; start is NULL for zeros. */
+INLINE void product_block(int rows, int64_t depth, const float *a, const float *b, int64_t row_step, int64_t depth_step,
+                          const float *start, float *c) {
+    vf sum[BLOCK][NV];
+    EACH(i, rows)
+        EACH(v, NV) sum[i][v] = start ? load(start + i * LANES + v * VL) : splat(0);
+    for (int64_t k = 0; k < depth; k++) {
+        vf x[NV];
+        EACH(v, NV) x[v] = load(a + k * LANES + v * VL);
+        EACH(i, rows) {
+            float y = b[i * row_step + k * depth_step];
+            EACH(v, NV) sum[i][v] += x[v] * y;
+        }
+    }
+    EACH(i, rows)
+        EACH(v, NV) store(c + i * LANES + v * VL, sum[i][v]);
+}
+
+/* The same for any number of rows. */
+INLINE void product(int64_t rows, int64_t depth, const float *a, const float *b, int64_t row_step, int64_t depth_step,
+                    const float *start, float *c) {
+    int64_t i = 0;
+    for (; i + BLOCK <= rows; i += BLOCK)
+        product_block(BLOCK, depth, a, b + i * row_step, row_step, depth_step, start ? start + i * LANES : NULL,
+                      c + i * LANES);
+    /* the rest in powers of two, to keep several accumulators going */
+#pragma GCC unroll 4
+    for (int step = 8; step; step /= 2)
+        if (step < BLOCK && rows - i >= step) {
+            product_block(step, depth, a, b + i * row_step, row_step, depth_step, start ? start + i * LANES : NULL,
+                          c + i * LANES);
+            i += step;
+        }
+}
+
+/* `count` vectors of logits -> exponentials relative to the peaks, which are added to the sums. */
+INLINE void exponentials(int count, float *logits, const vf *peak, vf *sum) {
+    vf x[IN_STEP];
+    EACH(i, count) x[i] = load(logits + i * VL) - peak[i % NV];
+    exp2_in_step(count, x);
+    EACH(i, count) store(logits + i * VL, x[i]);
+    EACH(i, count - NV) x[i + NV] += x[i]; /* pairs first: a shorter chain through the sums */
+    EACH(v, NV) sum[v] += x[count - NV + v];
+}
+
+#endif

@@ -1,0 +1,289 @@
+"""What stands between the self-attentions: the compiled kernels against the PyTorch definition in float64."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ppsr.archs import PPATDLight
+from ppsr.ops import layers, native, use_backend
+from ppsr.ops.layers import Similarity
+
+needs_native = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
+TARGETS = ['baseline', 'avx2', 'avx512']
+
+
+@pytest.fixture(params=TARGETS)
+def target(request):
+    """Each instruction set that this processor has."""
+    if not native.set_target(request.param):
+        pytest.skip(f'this processor has no {request.param}')
+    yield request.param
+    native.set_target(None)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def randomise(module):
+    g = torch.Generator().manual_seed(1)
+    for p in module.parameters():
+        p.data = torch.randn(p.shape, dtype=torch.float64, generator=g)
+    return module
+
+
+def both(function, *modules):
+    """Results of function(dtype, *modules): the kernels in float32, the definition in float64."""
+    results = []
+    for dtype, backend in ((torch.float32, 'native'), (torch.float64, 'torch')):
+        with torch.no_grad(), use_backend(backend):
+            results.append(function(dtype, *(module.to(dtype) for module in modules)))
+    return results
+
+
+def assert_close(actual, expected, bound=3e-6):
+    assert actual.dtype == torch.float32
+    assert actual.shape == expected.shape
+    error = (actual - expected).abs().max().item()
+    assert error <= bound * max(1.0, expected.abs().max().item()), error
+
+
+# tokens, channels, outputs: whole and broken panels, vectors, chunks and tasks
+SIZES = [(1, 48, 48), (61, 48, 144), (1000, 48, 48), (500, 36, 72), (97, 24, 5), (53, 7, 3), (49, 17, 33)]
+
+
+@needs_native
+@pytest.mark.parametrize('n, channels, width', SIZES)
+@pytest.mark.parametrize('gelu', [False, True], ids=['linear', 'gelu'])
+def test_norm_linear(target, n, channels, width, gelu):
+    x = random(2, n, channels) * 3 + 1
+    modules = nn.LayerNorm(channels, eps=1e-3), nn.Linear(channels, width), nn.Linear(channels, 8)
+    for module in modules:
+        randomise(module)
+    for actual, expected in zip(*both(lambda d, *m: layers.norm_linear(x.to(d), *m, gelu=gelu), *modules)):
+        assert_close(actual, expected)
+
+
+@needs_native
+@pytest.mark.parametrize('n, channels, width', SIZES)
+@pytest.mark.parametrize('added', [0, 1, 2])
+def test_linear_add(target, n, channels, width, added):
+    x, add = random(2, n, channels), [random(2, n, width, seed=i) for i in range(added)]
+    linear = randomise(nn.Linear(channels, width))
+    assert_close(*both(lambda d, m: layers.linear_add(x.to(d), m, *(a.to(d) for a in add)), linear))
+
+
+@needs_native
+def test_gelu(target):
+    """Within 2.5e-7 of max(1, |x|) everywhere, 0 far below, and what is not finite as in PyTorch."""
+    x = torch.linspace(-12, 12, 96001, dtype=torch.float64)[:, None]
+    special = torch.tensor([[float('inf')], [-float('inf')], [float('nan')], [-1e30], [1e30], [-0.0]])
+    one = nn.Linear(1, 1)
+    with torch.no_grad(), use_backend('native'):
+        one.weight.fill_(1), one.bias.zero_()
+        norm = nn.LayerNorm(1)
+
+        def gelu(x):
+            return torch.ops.ppsr.linear(x, [], norm.eps, [one.weight], [one.bias], [], True)[0]
+
+        actual, expected = gelu(x.float()), nn.functional.gelu(x.float().double())
+        assert ((actual - expected).abs() <= 2.5e-7 * x.abs().clamp(min=1)).all()
+        assert (actual[x < -5.6] == 0).all()
+        assert torch.allclose(gelu(special), nn.functional.gelu(special), rtol=2.5e-7, equal_nan=True)
+
+
+# channels, kernel, map: narrower than the kernel, broken vectors, several strips of columns
+@needs_native
+@pytest.mark.parametrize(
+    'channels, kernel, size',
+    [(48, 7, (17, 70)), (36, 5, (9, 8)), (24, 3, (3, 40)), (20, 9, (12, 12)), (16, 7, (2, 3)), (17, 7, (5, 33))],
+)
+def test_depthwise_mix(target, channels, kernel, size):
+    u = random(2, *size, channels)
+    conv = randomise(nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels))
+    assert_close(*both(lambda d, m: layers.depthwise_mix(u.to(d), m), conv))
+
+
+def dictionary(n, rank, entries, channels, batch=2):
+    q, k, v = random(batch, n, rank), random(batch, entries, rank, seed=1), random(batch, entries, channels, seed=2)
+    x = random(batch, n, channels, seed=3)
+    norm = randomise(nn.InstanceNorm1d(entries, affine=True))
+
+    def run(dtype, norm):
+        out, category, similarity = layers.dictionary_attention(q.to(dtype), k.to(dtype), v.to(dtype))
+        assert (similarity.matrix is None) == (dtype == torch.float32)
+        return out, category, layers.dictionary_refinement(similarity, x.to(dtype), norm)
+
+    return run, norm
+
+
+# the last has more tokens than 256 tasks of the usual size
+@needs_native
+@pytest.mark.parametrize(
+    'n, rank, entries, channels',
+    [(1500, 8, 64, 48), (37, 5, 20, 36), (2, 8, 64, 48), (5, 8, 1, 24), (300, 4, 33, 7), (270_001, 2, 3, 2)],
+)
+def test_dictionary(target, n, rank, entries, channels):
+    actual, expected = both(*dictionary(n, rank, entries, channels))
+    assert_close(actual[0], expected[0])
+    assert (actual[1] == expected[1]).double().mean() > 0.999  # a tie within rounding may fall either way
+    assert_close(actual[2], expected[2], 1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize('spread', [0.0, 1e-3, 1e-1])
+def test_refinement_of_nearly_equal_tokens(target, spread):
+    """A variance much smaller than the squared mean is not lost in rounding; no variance at all: the mean of x."""
+    q = torch.ones(1, 3000, 4, dtype=torch.float64) + spread * random(1, 3000, 4)
+    k, x = torch.eye(4, dtype=torch.float64)[None] * torch.tensor([9.0, 1, 1, 1])[:, None], random(1, 3000, 16)
+    norm = randomise(nn.InstanceNorm1d(4, affine=True))
+
+    def run(dtype, norm):
+        similarity = layers.dictionary_attention(q.to(dtype), k.to(dtype), x[:, :4].to(dtype))[2]
+        return layers.dictionary_refinement(similarity, x.to(dtype), norm)
+
+    actual, expected = both(run, norm)
+    assert_close(actual, expected, 2e-5)
+    if spread == 0:
+        assert_close(actual, x.mean(1, keepdim=True).expand_as(actual))
+
+
+@needs_native
+@pytest.mark.parametrize('threads', [1, 2, 3])
+def test_threads_and_batch(threads):
+    """Bit for bit the same for any number of threads, and for an image alone."""
+    before = torch.get_num_threads()
+    run, norm = dictionary(5000, 8, 20, 48)
+    conv, linear = nn.Conv2d(48, 48, 7, padding=3, groups=48), nn.Linear(48, 60)
+    u = random(2, 20, 50, 48).float()
+    with torch.no_grad(), use_backend('native'):
+        torch.set_num_threads(1)
+        alone = layers.depthwise_mix(u[1:], conv), layers.linear_add(u[1:], linear)
+        expected = run(torch.float32, norm.float())
+        try:
+            torch.set_num_threads(threads)
+            for actual, one in zip((layers.depthwise_mix(u, conv), layers.linear_add(u, linear)), alone):
+                assert torch.equal(actual[1:], one)
+            assert all(torch.equal(*pair) for pair in zip(run(torch.float32, norm), expected))
+        finally:
+            torch.set_num_threads(before)
+
+
+@needs_native
+def test_nan_stays_visible():
+    """As in PyTorch: a NaN reaches everything that depends on it, and nothing else."""
+    linear, conv = nn.Linear(48, 48), nn.Conv2d(48, 48, 3, padding=1, groups=48)
+    x, u = torch.zeros(1, 100, 48), torch.zeros(1, 9, 9, 48)
+    x[0, 50, 7] = u[0, 4, 4, 20] = float('nan')
+    q, k, v = torch.ones(1, 100, 8), torch.ones(1, 6, 8), torch.ones(1, 6, 48)
+    q[0, 33] = float('nan')
+    results = []
+    for backend in ('native', 'torch'):
+        with torch.no_grad(), use_backend(backend):
+            out, _, similarity = layers.dictionary_attention(q, k, v)
+            results.append(
+                [
+                    layers.linear_add(x, linear).isnan(),
+                    layers.norm_linear(x, nn.LayerNorm(48), linear, gelu=True)[0].isnan(),
+                    layers.depthwise_mix(u, conv).isnan(),
+                    out.isnan(),
+                    layers.dictionary_refinement(similarity, x, nn.InstanceNorm1d(6, affine=True)).isnan(),
+                ]
+            )
+    for actual, expected in zip(*results):
+        assert torch.equal(actual, expected)
+        assert actual.any()
+
+
+@needs_native
+def test_operators_are_registered_properly():
+    x, u = torch.randn(2, 5, 6, 16), torch.randn(2, 5, 6, 16)
+    norm, linear, conv = nn.LayerNorm(16), nn.Linear(16, 20), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+    q, k, v = torch.randn(2, 30, 4), torch.randn(2, 7, 4), torch.randn(2, 7, 16)
+    w, b = linear.weight.detach(), linear.bias.detach()
+    calls = {
+        'linear': (x, [norm.weight.detach(), norm.bias.detach()], 1e-5, [w, w], [b, b], [], True),
+        'depthwise_mix': (u, conv.weight.detach(), conv.bias.detach()),
+        'dictionary_attention': (q, k, v),
+        'dictionary_refinement': (q, k, x.flatten(1, 2), torch.ones(7), torch.zeros(7), 1e-5),
+    }
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.ppsr, name).default, arguments)
+
+
+@needs_native
+def test_they_count_as_many_multiplications_as_pytorch():
+    net = PPATDLight(depths=[2], num_heads=[4]).eval()
+    x = torch.full((1, 3, 16, 16), 0.4)
+    counts = []
+    for backend in ('native', 'torch'):
+        with torch.no_grad(), use_backend(backend), FlopCounterMode(display=False) as counter:
+            net(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+@needs_native
+def test_whole_network(target):
+    """All kernels of a layer together, odd sizes, part of the image pure."""
+    torch.manual_seed(0)
+    net = PPATDLight(
+        embed_dim=36, depths=[3], num_heads=[3], num_tokens=20, reducted_dim=5, convffn_kernel_size=5, mlp_ratio=2
+    ).eval()
+    x = torch.rand(2, 3, 30, 21)
+    x[:, :, :20, :15] = 0.5
+    with torch.no_grad():
+        with use_backend('native'):
+            actual, mask = net(x, return_mask=True)
+        expected = net.double()(x.double())
+    assert 0.2 < mask.float().mean() < 0.8
+    assert_close(actual, expected, 1e-5)
+
+
+@needs_native
+def test_kernels_step_aside():
+    """Where a gradient is wanted, under autocast and under torch.compile the definition runs."""
+    x, linear = torch.randn(1, 10, 16), nn.Linear(16, 16)
+    with use_backend('native'):
+        assert layers.linear_add(x, linear, x).requires_grad
+        with torch.no_grad(), torch.autocast('cpu', dtype=torch.bfloat16):
+            assert layers.linear_add(x, linear).dtype == torch.bfloat16
+        with torch.no_grad(), use_backend('torch'):
+            expected = layers.linear_add(x, linear, x)
+        with torch.no_grad():
+            compiled = torch.compile(lambda x: layers.linear_add(x, linear, x), backend='eager', fullgraph=True)
+            assert torch.equal(compiled(x), expected)
+
+
+@needs_native
+def test_modules_that_are_more_than_weights_are_called():
+    """An adapter in place of a layer, or a hook on it (a profiler's), is not bypassed."""
+
+    class Adapter(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    x, plain, adapter, hooked = torch.randn(1, 10, 16), nn.Linear(16, 16), Adapter(16, 16), nn.Linear(16, 16)
+    adapter.load_state_dict(plain.state_dict())
+    seen = []
+    hooked.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad(), use_backend('native'):
+        expected = layers.linear_add(x, plain) + 1
+        assert torch.allclose(layers.linear_add(x, adapter), expected, atol=1e-6)
+        layers.norm_linear(x, nn.LayerNorm(16), plain, hooked)
+    assert seen
+
+
+def test_similarity_is_kept_for_gradients():
+    q, k, v = (t.requires_grad_() for t in (random(1, 5, 3), random(1, 4, 3), random(1, 4, 6)))
+    out, _, similarity = layers.dictionary_attention(q, k, v)
+    assert isinstance(similarity, Similarity)
+    assert torch.allclose(similarity.matrix.sum(-1), torch.ones(1, 5, dtype=torch.float64))
+    norm = nn.InstanceNorm1d(4, affine=True).double()
+
+    def both_results(q, k, v):
+        out, _, similarity = layers.dictionary_attention(q, k, v)
+        return out, layers.dictionary_refinement(similarity, out, norm)
+
+    assert torch.autograd.gradcheck(both_results, (q, k, v))
