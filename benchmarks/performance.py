@@ -19,7 +19,8 @@ INTRODUCTION = """# Performance
 Made by `python benchmarks/performance.py` on this machine: {machine}; default allocator.
 
 What is compared: `reference` is the definition, every attention matrix materialised; `torch` is vectorised PyTorch with
-fused attention; `native` are the compiled CPU kernels. All three give the same network. Absolute seconds are this
+fused attention; `native` are the compiled CPU kernels, in inference for the whole of a layer. All three give the same
+network. Absolute seconds are this
 machine's; the ratios are medians of pairs measured next to each other in one process.
 
 **No GPU timing has been measured.** The Triton kernels are tested in Triton's interpreter and compiled for sm_80 and

@@ -1,0 +1,58 @@
+"""What bfloat16 and float16 autocast cost: difference from float32, PSNR, time, over a folder of HR images.
+
+python benchmarks/half_precision.py --data Set5/HR [--dtypes bfloat16 float16] [--device cpu]
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+import ppsr  # noqa: F401, registers the archs
+from ppsr.data.bicubic import imresize_bicubic, modcrop
+from ppsr.pictures.compare import psnr_ssim
+from ppsr.pictures.imageio import read_picture
+from ppsr.pictures.visualize import as_rgb, to_tensor
+from ppsr.weights import load_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--data', type=Path, required=True, help='folder of HR images')
+    parser.add_argument('--dtypes', nargs='+', default=['bfloat16', 'float16'], choices=['bfloat16', 'float16'])
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--model', help='weights file or name (default: the shipped ones)')
+    args = parser.parse_args()
+    net = load_model(args.model, device=args.device)
+
+    def run(lq: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+        start = time.perf_counter()
+        with torch.inference_mode(), torch.autocast(args.device, dtype=dtype, enabled=dtype != torch.float32):
+            sr = net(lq.to(args.device)).float().cpu()[0].clamp(0, 1)
+        return sr, time.perf_counter() - start
+
+    def as_image(sr: torch.Tensor):
+        return (sr * 255).round().byte().permute(1, 2, 0).numpy()
+
+    print('| image | dtype | PSNR | float32 | mean \\|Δ\\| | max \\|Δ\\| | PSNR between | time against float32 |')
+    print('|---|---|---|---|---|---|---|---|')
+    for path in sorted(p for p in args.data.iterdir() if p.suffix.lower() in ('.png', '.jpg', '.bmp')):
+        gt = modcrop(as_rgb(read_picture(path).pixels), net.upscale)
+        lq = to_tensor(imresize_bicubic(gt, net.upscale))
+        run(lq, torch.float32)
+        exact, seconds = run(lq, torch.float32)
+        for name in args.dtypes:
+            sr, taken = run(lq, getattr(torch, name))
+            difference = (sr - exact).abs()
+            between = -10 * torch.log10(difference.square().mean()).item()
+            psnr = [psnr_ssim(as_image(x), gt, net.upscale)[0] for x in (sr, exact)]
+            print(
+                f'| {path.stem} | {name} | {psnr[0]:.3f} | {psnr[1]:.3f} | {difference.mean():.4f} | '
+                f'{difference.max():.4f} | {between:.1f} dB | {taken / seconds:.1f} |',
+                flush=True,
+            )
+
+
+if __name__ == '__main__':
+    main()
