@@ -150,22 +150,42 @@ def test_refinement_of_nearly_equal_tokens(target, spread):
 
 
 @needs_native
+def test_refinement_of_many_equal_tokens():
+    """A flat image: sums over very many tokens do not drift; nor do they where the first token is unlike the others."""
+    n = 300_000
+    q, x = torch.ones(1, n, 2, dtype=torch.float64), torch.full((1, n, 16), 0.3, dtype=torch.float64)
+    k, norm = random(1, 5, 2), randomise(nn.InstanceNorm1d(5, affine=True))
+    q[0, 0, 0], x[0, 0] = -50, 0.5
+
+    def run(dtype, norm):
+        similarity = layers.dictionary_attention(q.to(dtype), k.to(dtype), random(1, 5, 3).to(dtype))[2]
+        return layers.dictionary_refinement(similarity, x.to(dtype), norm)
+
+    assert_close(*both(run, norm), bound=2e-6)
+
+
+@needs_native
 @pytest.mark.parametrize('threads', [1, 2, 3])
-def test_threads_and_batch(threads):
+def test_threads_and_batch(target, threads):
     """Bit for bit the same for any number of threads, and for an image alone."""
+    conv, linear, norm = nn.Conv2d(48, 48, 7, padding=3, groups=48), nn.Linear(48, 60), nn.LayerNorm(48)
+    norm3 = nn.InstanceNorm1d(20, affine=True)
+    q, k, v, u = (random(2, *shape).float() for shape in ((5000, 8), (20, 8), (20, 48), (50, 100, 48)))
+
+    def run(image):
+        out, category, similarity = layers.dictionary_attention(q[image], k[image], v[image])
+        refined = layers.dictionary_refinement(similarity, u[image].flatten(1, 2), norm3)
+        maps = layers.depthwise_mix(u[image], conv), layers.linear_add(u[image], linear)
+        return out, category, refined, *maps, *layers.norm_linear(u[image], norm, linear, linear, gelu=True)
+
     before = torch.get_num_threads()
-    run, norm = dictionary(5000, 8, 20, 48)
-    conv, linear = nn.Conv2d(48, 48, 7, padding=3, groups=48), nn.Linear(48, 60)
-    u = random(2, 20, 50, 48).float()
     with torch.no_grad(), use_backend('native'):
-        torch.set_num_threads(1)
-        alone = layers.depthwise_mix(u[1:], conv), layers.linear_add(u[1:], linear)
-        expected = run(torch.float32, norm.float())
         try:
+            torch.set_num_threads(1)
+            first, second = run(slice(0, 1)), run(slice(1, 2))
             torch.set_num_threads(threads)
-            for actual, one in zip((layers.depthwise_mix(u, conv), layers.linear_add(u, linear)), alone):
-                assert torch.equal(actual[1:], one)
-            assert all(torch.equal(*pair) for pair in zip(run(torch.float32, norm), expected))
+            for whole, *parts in zip(run(slice(0, 2)), first, second):
+                assert torch.equal(whole, torch.cat(parts))
         finally:
             torch.set_num_threads(before)
 
@@ -197,19 +217,129 @@ def test_nan_stays_visible():
 
 
 @needs_native
+@pytest.mark.parametrize('where', ['q', 'k', 'v', 'x', 'weight', 'bias'])
+def test_nan_in_the_dictionary(target, where):
+    tensors = {'q': random(1, 100, 8), 'k': random(1, 6, 8), 'v': random(1, 6, 48), 'x': random(1, 100, 48)}
+    norm = nn.InstanceNorm1d(6, affine=True).double()
+    tensors |= {'weight': norm.weight.data, 'bias': norm.bias.data}
+    tensors[where].view(-1)[5] = float('nan')
+
+    def run(dtype, norm):
+        out, _, similarity = layers.dictionary_attention(*(tensors[name].to(dtype) for name in 'qkv'))
+        return out.isnan(), layers.dictionary_refinement(similarity, tensors['x'].to(dtype), norm).isnan()
+
+    actual, expected = both(run, norm)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected))
+    assert any(a.any() for a in actual)
+
+
+@needs_native
+def test_memory_of_any_layout():
+    """Inputs that are views: another order of dimensions, a start anywhere in memory."""
+
+    def odd(*shape):  # contiguous, but aligned to 4 bytes only
+        return torch.randn(torch.Size(shape).numel() + 1)[1:].view(shape)
+
+    with torch.no_grad(), use_backend('native'):
+        linear, conv = nn.Linear(20, 33), nn.Conv2d(20, 20, 3, padding=1, groups=20)
+        for p in (*linear.parameters(), *conv.parameters()):
+            p.data = odd(*p.shape)
+        x, add, u = odd(3, 20, 7).transpose(1, 2), odd(33, 3, 7).permute(1, 2, 0), odd(2, 20, 6, 9).permute(0, 2, 3, 1)
+        assert torch.allclose(layers.linear_add(x, linear, add), linear(x) + add, atol=1e-5)
+        expected = u + nn.functional.gelu(conv(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        assert torch.allclose(layers.depthwise_mix(u, conv), expected, atol=1e-5)
+        q, k, v = odd(2, 5, 40).transpose(1, 2), odd(2, 5, 7).transpose(1, 2), odd(2, 7, 20)
+        out, _, similarity = layers.dictionary_attention(q, k, v)
+        norm = nn.InstanceNorm1d(7, affine=True)
+        refined = layers.dictionary_refinement(similarity, odd(20, 2, 40).permute(1, 2, 0), norm)
+        with use_backend('torch'):
+            assert torch.allclose(layers.dictionary_attention(q, k, v)[0], out, atol=1e-5)
+        assert refined.isfinite().all()
+
+
+@needs_native
 def test_operators_are_registered_properly():
     x, u = torch.randn(2, 5, 6, 16), torch.randn(2, 5, 6, 16)
     norm, linear, conv = nn.LayerNorm(16), nn.Linear(16, 20), nn.Conv2d(16, 16, 3, padding=1, groups=16)
     q, k, v = torch.randn(2, 30, 4), torch.randn(2, 7, 4), torch.randn(2, 7, 16)
     w, b = linear.weight.detach(), linear.bias.detach()
-    calls = {
-        'linear': (x, [norm.weight.detach(), norm.bias.detach()], 1e-5, [w, w], [b, b], [], True),
-        'depthwise_mix': (u, conv.weight.detach(), conv.bias.detach()),
-        'dictionary_attention': (q, k, v),
-        'dictionary_refinement': (q, k, x.flatten(1, 2), torch.ones(7), torch.zeros(7), 1e-5),
+    add = torch.randn(2, 5, 6, 20)
+    ops = torch.ops.ppsr
+    calls = [
+        (ops.linear, (x, [norm.weight.detach(), norm.bias.detach()], 1e-5, [w, w], [b, b], [], True)),
+        (ops.linear, (x, [], 0.0, [w], [b], [add, add], False)),
+        (ops.depthwise_mix, (u, conv.weight.detach(), conv.bias.detach())),
+        (ops.dictionary_attention, (q, k, v)),
+        (ops.dictionary_refinement, (q, k, x.flatten(1, 2), torch.ones(7), torch.zeros(7), 1e-5)),
+    ]
+    for op, arguments in calls:
+        torch.library.opcheck(op.default, arguments)
+
+
+@needs_native
+def test_operators_refuse_what_does_not_fit():
+    """Called directly: a sentence, never memory that is not theirs."""
+    x, w, b, ops = torch.randn(2, 30, 16), torch.randn(20, 16), torch.randn(20), torch.ops.ppsr
+    q, k, v, u = torch.randn(2, 30, 4), torch.randn(2, 7, 4), torch.randn(2, 7, 16), torch.randn(1, 4, 5, 16)
+    ones = torch.ones(7)
+    for op, arguments in [
+        (ops.linear, (x, [], 0.0, [w.double()], [b], [], False)),
+        (ops.linear, (x, [], 0.0, [w], [b[:3]], [], False)),
+        (ops.linear, (x[..., :8], [], 0.0, [w], [b], [], False)),
+        (ops.linear, (x, [], 0.0, [w], [b], [b], False)),
+        (ops.linear, (x, [], 0.0, [w], [b], 3 * [x.new_zeros(2, 30, 20)], False)),
+        (ops.linear, (x, [], 0.0, 3 * [w], 3 * [b], [], False)),
+        (ops.linear, (x[:0], [], 0.0, [w], [b], [], False)),
+        (ops.depthwise_mix, (u[..., :8], torch.randn(8, 1, 3, 3), torch.randn(8))),
+        (ops.depthwise_mix, (u, torch.randn(16, 1, 3, 5), torch.randn(16))),
+        (ops.depthwise_mix, (u, torch.randn(16, 16, 3, 3), torch.randn(16))),
+        (ops.dictionary_attention, (q, k[:1], v)),
+        (ops.dictionary_attention, (q[:, :0], k, v)),
+        (ops.dictionary_refinement, (q, k, x, ones[:5], ones, 1e-5)),
+        (ops.dictionary_refinement, (q[:, :0], k, x[:, :0], ones, ones, 1e-5)),
+    ]:
+        with pytest.raises(ValueError, match='the operator takes'):
+            op(*arguments)
+
+
+@needs_native
+def test_what_the_kernels_do_not_know_runs_in_pytorch():
+    """The functions take all that their definitions take."""
+    x, layer, norm = torch.randn(2, 30, 16), nn.Linear(16, 20), nn.LayerNorm(16)
+    q, k, v, u = torch.randn(2, 30, 4), torch.randn(1, 7, 4), torch.randn(1, 7, 16), torch.randn(2, 9, 8, 16)
+    statistics = nn.InstanceNorm1d(7, affine=True, track_running_stats=True).eval()
+    nn.init.uniform_(statistics.running_mean)
+    no_bias, over_two = nn.Linear(16, 20, bias=False), nn.LayerNorm((30, 16))
+    mixed = {
+        'added to every token': lambda: layers.linear_add(x, layer, torch.arange(20.0)),
+        'three to add': lambda: layers.linear_add(x, layer, *3 * [torch.ones(2, 30, 20)]),
+        'double to add': lambda: layers.linear_add(x, layer, torch.ones(2, 30, 20, dtype=torch.float64)),
+        'no bias': lambda: layers.linear_add(x, no_bias),
+        'three layers': lambda: torch.stack(layers.norm_linear(x, norm, layer, layer, layer)),
+        'norm over two': lambda: layers.norm_linear(x, over_two, layer)[0],
+        'norm without weights': lambda: layers.norm_linear(x, nn.LayerNorm(16, elementwise_affine=False), layer)[0],
+        'one dictionary': lambda: layers.dictionary_attention(q, k, v)[0],
+        'running statistics': lambda: layers.dictionary_refinement(
+            layers.dictionary_attention(q[:1], k, v)[2], x[:1], statistics
+        ),
+        'no tokens': lambda: layers.dictionary_attention(q[:1, :0], k, v)[0],
+        'no images': lambda: layers.linear_add(x[:0], layer),
     }
-    for name, arguments in calls.items():
-        torch.library.opcheck(getattr(torch.ops.ppsr, name).default, arguments)
+    torch.manual_seed(0)
+    for name, kind in {
+        'reflected': dict(padding=1, padding_mode='reflect'),
+        'dilated': dict(padding=2, dilation=2),
+        'full': dict(padding=1, groups=1),
+    }.items():
+        conv = nn.Conv2d(16, 16, 3, **{'groups': 16} | kind)
+        mixed[name] = lambda conv=conv: layers.depthwise_mix(u, conv)
+    for name, run in mixed.items():
+        with torch.no_grad():
+            with use_backend('native'):
+                actual = run()
+            with use_backend('torch'):
+                expected = run()
+        assert torch.equal(actual, expected), name
 
 
 @needs_native
@@ -265,12 +395,16 @@ def test_modules_that_are_more_than_weights_are_called():
             return super().forward(x) + 1
 
     x, plain, adapter, hooked = torch.randn(1, 10, 16), nn.Linear(16, 16), Adapter(16, 16), nn.Linear(16, 16)
-    adapter.load_state_dict(plain.state_dict())
+    patched = nn.Linear(16, 16)
+    for module in (adapter, patched):
+        module.load_state_dict(plain.state_dict())
+    patched.forward = lambda x: nn.Linear.forward(patched, x) + 1
     seen = []
     hooked.register_forward_hook(lambda *_: seen.append(1))
     with torch.no_grad(), use_backend('native'):
         expected = layers.linear_add(x, plain) + 1
-        assert torch.allclose(layers.linear_add(x, adapter), expected, atol=1e-6)
+        for module in (adapter, patched):
+            assert torch.allclose(layers.linear_add(x, module), expected, atol=1e-6)
         layers.norm_linear(x, nn.LayerNorm(16), plain, hooked)
     assert seen
 

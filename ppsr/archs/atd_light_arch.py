@@ -122,7 +122,7 @@ class ConvFFN(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         depthwise = nn.Conv2d(hidden_dim, hidden_dim, kernel_size, padding=kernel_size // 2, groups=hidden_dim)
-        self.dwconv = nn.Module()  # the two levels are in the published parameter names
+        self.dwconv = nn.Module()  # the two levels are in the published parameter names; only the weights are used
         self.dwconv.depthwise_conv = nn.Sequential(depthwise, nn.GELU())
         self.fc2 = nn.Linear(hidden_dim, dim)
 

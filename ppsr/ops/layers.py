@@ -28,22 +28,38 @@ __all__ = [
 ]
 
 MIN_CHANNELS = 16  # of the native depthwise convolution
+LOG2_E = 1.4426950408889634
+CPU = dict(mutates_args=(), device_types='cpu')
 
 
-def _native(x: Tensor, *modules: nn.Module) -> bool:
-    """Whether the kernels take over: no gradient wanted, nobody rewrites the operators, float32 on the CPU; and the
-    modules are PyTorch's own, without hooks (an adapter or a profiler in their place wants to be called)."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or choose(x) != 'native':
+def _free() -> bool:
+    """Whether operators may be fused: no gradient wanted, nobody else rewrites them."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'))
+
+
+def _native(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors: float32 on the CPU, with something in them, no subclass of Tensor."""
+    if not _free() or any(type(t) not in (Tensor, nn.Parameter) or not t.numel() for t in tensors):
         return False
-    plain = (m.__class__ in (nn.LayerNorm, nn.Linear, nn.Conv2d) and m.bias is not None for m in modules)
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
-    return all(plain) and not hooked and not torch.is_autocast_enabled(x.device.type)
+    alike = all(t.dtype == tensors[0].dtype and t.device == tensors[0].device for t in tensors)
+    return alike and choose(tensors[0]) == 'native'
+
+
+def _is(kind: type[nn.Module], *modules: nn.Module) -> bool:
+    """Whether the modules are PyTorch's own with weight and bias, nothing around them: an adapter in their place, a
+    hook or a patched forward (profilers, offloading) wants to be called."""
+    return _free() and all(
+        type(m) is kind
+        and type(m.weight) is type(m.bias) is nn.Parameter
+        and not (m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m))
+        for m in modules
+    )
 
 
 # --- linear layers ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op('ppsr::linear', mutates_args=())
+@torch.library.custom_op('ppsr::linear', **CPU)
 def _linear(
     x: Tensor,
     norm: Sequence[Tensor],
@@ -53,13 +69,34 @@ def _linear(
     add: Sequence[Tensor],
     gelu: bool,
 ) -> list[Tensor]:
-    x, add = x.contiguous(), [a.contiguous() for a in add]
     out = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
-    parts = [p.contiguous() for pair in zip(weights, biases) for p in pair] + 2 * [None]
-    norm = [p.contiguous() for p in norm] or 2 * [None]
-    sizes = x.numel() // x.shape[-1], x.shape[-1], weights[0].shape[0], weights[-1].shape[0], gelu
-    call('ppsr_linear', x, *norm, *parts[:4], *(add + 2 * [None])[:2], *(out + [None])[:2], eps, *sizes)
+    _require(0 < len(weights) <= 2 and len(biases) == len(weights) and len(norm) in (0, 2), 'one or two layers')
+    _require(len(add) <= 2 and all(a.shape == out[0].shape for a in add), 'up to two tensors to add, like the result')
+    _require(all(w.shape == (b.numel(), x.shape[-1]) for w, b in zip(weights, biases)), 'weights that fit x')
+    _require(all(p.numel() == x.shape[-1] for p in norm), 'a LayerNorm over the last dimension')
+    x, *tensors = _ready(x, *norm, *weights, *biases, *add)
+    tensors = iter(tensors)
+
+    def take(given: Sequence[Tensor]) -> list[Tensor | None]:
+        """As many of the tensors as were given, filled up with null pointers."""
+        return ([next(tensors) for _ in given] + 2 * [None])[:2]
+
+    norm, (weight, weight2), (bias, bias2), add = take(norm), take(weights), take(biases), take(add)
+    widths = [o.shape[-1] for o in out] + [0]
+    sizes = x.numel() // x.shape[-1], x.shape[-1], *widths[:2], gelu
+    call('ppsr_linear', x, *norm, weight, bias, weight2, bias2, *add, *(out + [None])[:2], eps, *sizes)
     return out
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(f'the operator takes {what}')
+
+
+def _ready(*tensors: Tensor) -> list[Tensor]:
+    """For C: contiguous, float32."""
+    _require(all(t.dtype == torch.float32 and t.numel() for t in tensors), 'float32 tensors that are not empty')
+    return [t.contiguous() for t in tensors]
 
 
 @_linear.register_fake
@@ -74,29 +111,36 @@ def _linear_flops(x_shape, norm_shapes, eps, weight_shapes, *args, **kwargs) -> 
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, *layers: nn.Linear, gelu: bool = False) -> list[Tensor]:
-    """layer(norm(x)) of one or two linear layers with bias, (..., C) -> (..., out) each; then GELU, if asked for."""
-    if _native(x, norm, *layers):
-        parameters = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        return torch.ops.ppsr.linear(x, [norm.weight, norm.bias], norm.eps, *parameters, [], gelu)
+    """layer(norm(x)) of each linear layer, (..., C) -> (..., out); then GELU, if asked for. One pass for up to two."""
+    fits = _is(nn.LayerNorm, norm) and norm.normalized_shape == x.shape[-1:] and _is(nn.Linear, *layers)
+    if fits and len(layers) <= 2 and all(layer.in_features == x.shape[-1] for layer in layers):
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        if _native(x, norm.weight, norm.bias, *weights, *biases):
+            return torch.ops.ppsr.linear(x, [norm.weight, norm.bias], norm.eps, weights, biases, [], gelu)
     x = norm(x)
     return [F.gelu(layer(x)) if gelu else layer(x) for layer in layers]
 
 
 def linear_add(x: Tensor, layer: nn.Linear, *add: Tensor) -> Tensor:
-    """layer(x) + the sum of up to two tensors of the shape of the result; (..., C) -> (..., out)."""
-    if _native(x, layer):
-        return torch.ops.ppsr.linear(x, [], 0.0, [layer.weight], [layer.bias], add, False)[0]
+    """layer(x) + the sum of some tensors, (..., C) -> (..., out). In one pass for up to two of the result's shape."""
+    if _is(nn.Linear, layer) and layer.in_features == x.shape[-1] and len(add) <= 2:
+        shape = *x.shape[:-1], layer.out_features
+        if all(a.shape == shape for a in add) and _native(x, layer.weight, layer.bias, *add):
+            return torch.ops.ppsr.linear(x, [], 0.0, [layer.weight], [layer.bias], add, False)[0]
     return sum(add, start=layer(x))
 
 
 # --- depthwise convolution --------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op('ppsr::depthwise_mix', mutates_args=())
+@torch.library.custom_op('ppsr::depthwise_mix', **CPU)
 def _depthwise_mix(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    u = u.contiguous()
+    channels, kernel = u.shape[-1], weight.shape[-1]
+    _require(u.dim() == 4 and channels >= MIN_CHANNELS and bias.numel() == channels, 'maps (B, H, W, C ≥ 16)')
+    _require(weight.shape == (channels, 1, kernel, kernel) and kernel % 2 == 1, 'a depthwise weight, square and odd')
+    u, weight, bias = _ready(u, weight, bias)
     out = torch.empty_like(u)
-    call('ppsr_depthwise', u, weight.contiguous(), bias.contiguous(), out, *u.shape, weight.shape[-1])
+    call('ppsr_depthwise', u, weight, bias, out, *u.shape, kernel)
     return out
 
 
@@ -112,7 +156,13 @@ def _depthwise_flops(u_shape, weight_shape, *args, **kwargs) -> int:
 
 def depthwise_mix(u: Tensor, conv: nn.Conv2d) -> Tensor:
     """u + GELU(conv(u)) with a depthwise convolution, odd kernel, zeros around the map; (B, H, W, C) -> the same."""
-    if _native(u, conv) and u.shape[-1] >= MIN_CHANNELS:
+    channels, side = u.shape[-1], conv.kernel_size[0]
+    expected = dict(
+        groups=channels, in_channels=channels, out_channels=channels, kernel_size=(side, side), stride=(1, 1)
+    )
+    expected |= dict(padding=(side // 2, side // 2), dilation=(1, 1), padding_mode='zeros')
+    fits = _is(nn.Conv2d, conv) and side % 2 == 1 and all(getattr(conv, k) == v for k, v in expected.items())
+    if fits and channels >= MIN_CHANNELS and _native(u, conv.weight, conv.bias):
         return torch.ops.ppsr.depthwise_mix(u, conv.weight, conv.bias)
     return u + F.gelu(conv(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
@@ -128,11 +178,12 @@ class Similarity(NamedTuple):
     matrix: Tensor | None  # (B, N, M), or None: the kernels compute it where they need it
 
 
-@torch.library.custom_op('ppsr::dictionary_attention', mutates_args=())
+@torch.library.custom_op('ppsr::dictionary_attention', **CPU)
 def _dictionary_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     batch, n, rank = q.shape
+    _require(k.shape == (batch, v.shape[1], rank) and v.shape[0] == batch, 'q (B, N, r), k (B, M, r), v (B, M, C)')
     out, category = q.new_empty(batch, n, v.shape[2]), q.new_empty(batch, n, dtype=torch.int64)
-    q, k, v = q.contiguous(), _per_log_2(k), v.contiguous()
+    q, k, v = _ready(q, k * LOG2_E, v)  # the kernels take powers of 2
     call('ppsr_dictionary_attention', q, k, v, out, category, batch, n, rank, *v.shape[1:])
     return out, category
 
@@ -142,23 +193,21 @@ def _(q, k, v):
     return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=torch.int64)
 
 
-@torch.library.custom_op('ppsr::dictionary_refinement', mutates_args=())
+@torch.library.custom_op('ppsr::dictionary_refinement', **CPU)
 def _dictionary_refinement(q: Tensor, k: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     batch, entries, rank = k.shape
     n, channels = x.shape[1:]
+    _require(q.shape == (batch, n, rank) and x.shape[0] == batch, 'q (B, N, r), k (B, M, r), x (B, N, C)')
+    _require(weight.numel() == bias.numel() == entries, 'a normalisation of M entries')
     out = x.new_empty(batch, entries, channels)
-    tensors = q.contiguous(), _per_log_2(k), x.contiguous(), weight.contiguous(), bias.contiguous(), out
-    call('ppsr_dictionary_refinement', *tensors, eps, batch, n, rank, entries, channels)
+    tensors = _ready(q, k * LOG2_E, x, weight, bias)
+    call('ppsr_dictionary_refinement', *tensors, out, eps, batch, n, rank, entries, channels)
     return out
 
 
 @_dictionary_refinement.register_fake
 def _(q, k, x, weight, bias, eps):
     return x.new_empty(*k.shape[:2], x.shape[2])
-
-
-def _per_log_2(k: Tensor) -> Tensor:
-    return (k * 1.4426950408889634).contiguous()  # the kernels take powers of 2
 
 
 @register_flop_formula(torch.ops.ppsr.dictionary_attention)
@@ -172,6 +221,10 @@ def _refinement_flops(q_shape, k_shape, x_shape, *args, **kwargs) -> int:
     return 2 * torch.Size(x_shape).numel() * k_shape[1]  # the similarity is an old one, though it is computed again
 
 
+def _similarity(q: Tensor, k: Tensor) -> Tensor:
+    return torch.softmax(F.normalize(q, dim=-1) @ k.transpose(-2, -1), dim=-1)
+
+
 def dictionary_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Similarity]:
     """Every token attends to the entries of a dictionary by cosine similarity (ATD, eq. 4–6).
 
@@ -183,9 +236,9 @@ def dictionary_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
     Returns:
         similarity·v (B, N, C); category of each token, the entry that resembles it most, (B, N) int64; the similarity.
     """
-    if _native(q):
+    if q.shape[0] == k.shape[0] == v.shape[0] and _native(q, k, v):
         return *torch.ops.ppsr.dictionary_attention(q, k, v), Similarity(q, k, None)
-    matrix = torch.softmax(F.normalize(q, dim=-1) @ k.transpose(-2, -1), dim=-1)
+    matrix = _similarity(q, k)
     return matrix @ v, matrix.argmax(-1), Similarity(q, k, matrix)
 
 
@@ -196,5 +249,8 @@ def dictionary_refinement(similarity: Similarity, x: Tensor, norm: nn.InstanceNo
     """
     q, k, matrix = similarity
     if matrix is None:
-        return torch.ops.ppsr.dictionary_refinement(q, k, x, norm.weight, norm.bias, norm.eps)
+        fits = _is(nn.InstanceNorm1d, norm) and not norm.track_running_stats and norm.num_features == k.shape[1]
+        if fits and x.shape[:2] == q.shape[:2] and _native(x, norm.weight, norm.bias):
+            return torch.ops.ppsr.dictionary_refinement(q, k, x, norm.weight, norm.bias, norm.eps)
+        matrix = _similarity(q, k)
     return torch.softmax(norm(matrix.transpose(1, 2)), dim=-1) @ x

@@ -106,8 +106,12 @@ def call(name: str, *arguments) -> None:
     The number of threads is appended: that of torch.
 
     Raises:
+        ValueError: a tensor that C cannot read as it is.
         MemoryError: the scratch memory of the threads could not be had.
     """
+    for a in arguments:
+        if isinstance(a, torch.Tensor) and (a.device.type != 'cpu' or not a.is_contiguous()):
+            raise ValueError(f'{name}: tensors must be contiguous and on the CPU, got {tuple(a.shape)} on {a.device}')
     raw = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
     if getattr(library(), name)(*raw, torch.get_num_threads()):
         raise MemoryError(f'{name}: not enough memory')

@@ -18,7 +18,6 @@
 
 #define LOG2_E 1.44269504088896341
 
-
 /* --- the heads of a group ----------------------------------------------------------------------------------------- */
 
 /* The members of a group: `keys` tokens of an image, the first `queries` of them also queries. */
@@ -33,7 +32,6 @@ struct desk {
     float *scratch;           /* for one head of it */
     int more;                 /* the same thread has the next task, too */
 };
-
 
 /* The tensors of either operator; those that a direction does not use are NULL. */
 struct maps {
@@ -94,7 +92,7 @@ static void attend(const struct maps *m, const struct desk *desk, const struct e
                               .scratch = desk->scratch};
         if (extras->bias) a.bias = extras->bias + h * extras->bias_step;
         if (!m->grad_out) {
-            ppsr_kernels()->forward(&a);
+            ppsr_attention_kernels()->forward(&a);
             continue;
         }
         a.grad_out = m->grad_out + to;
@@ -104,7 +102,7 @@ static void attend(const struct maps *m, const struct desk *desk, const struct e
         if (extras->grad_bias) a.grad_bias = extras->grad_bias + h * extras->bias_step;
         if (extras->grad_fill) a.grad_fill = extras->grad_fill + h * extras->fill_step;
         if (extras->grad_scale) a.grad_scale = extras->grad_scale + h;
-        ppsr_kernels()->backward(&a);
+        ppsr_attention_kernels()->backward(&a);
     }
 }
 

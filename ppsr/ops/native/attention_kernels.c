@@ -180,4 +180,4 @@ static void exp2_array(const float *x, float *y, int64_t n) {
     for (int64_t i = 0; i < n; i += VL) store(y + i, exp2v(load(x + i)));
 }
 
-const struct kernels FOR_TARGET(ppsr_kernels_) = {forward, backward, exp2_array};
+const struct attention_kernels FOR_TARGET(ppsr_attention_kernels_) = {forward, backward, exp2_array};

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define LANES 16 /* queries that are worked on together */
+#define LANES 16 /* queries, tokens or outputs that are worked on together */
 #define TILE 96  /* keys that the backward works on together: two tiles of 96 x 16 floats stay in the L1 cache */
 
 /* Attention of one head among the tokens of one group (a window, a piece of one, or a category group). */
@@ -61,17 +61,18 @@ struct dictionary {
     float *out;     /* (tokens, channels) */
     int64_t *category;
     const float *x;     /* refinement: (tokens, channels) */
-    const float *pivot; /* (entries) what similarities are measured from, near their mean */
-    const float *slope, *peak; /* (entries) weight of a token: 2^(slope * (similarity - pivot) - peak) */
+    const float *pivot; /* (entries) the similarity of the first token, which others are measured from: d = sim - pivot.
+                         * Lanes without a token count as d = 0, which is therefore between the least and the most */
+    const float *slope, *peak; /* (entries) weight of a token: 2^(slope * d - peak), peak the most of slope * d */
 };
 
-/* Sums over the tokens of a chunk, per entry, of similarity - pivot = d. */
+/* Sums over some tokens, per entry, of d and d * d; the least and the most of d. */
 struct moments {
     double sum, squares;
     float least, most;
 };
 
-struct kernels {
+struct attention_kernels {
     void (*forward)(const struct attention *);
     void (*backward)(const struct attention *);
     void (*exp2)(const float *x, float *y, int64_t n); /* for tests; n a multiple of LANES, aligned to 64 bytes */
@@ -83,6 +84,7 @@ struct layer_kernels {
     void (*depthwise)(const struct depthwise *, int64_t row);
     /* scratch: dictionary_floats */
     void (*attend)(const struct dictionary *, int64_t begin, int64_t end, float *scratch);
+    /* Adds to the moments (entries). */
     void (*moments)(const struct dictionary *, int64_t begin, int64_t end, float *scratch, struct moments *);
     /* Adds to `sums` (panels of 16 channels, entries, 16), weight * x, and to `weights` (entries). */
     void (*refine)(const struct dictionary *, int64_t begin, int64_t end, float *scratch, float *sums, float *weights);

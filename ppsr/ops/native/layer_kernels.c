@@ -1,6 +1,7 @@
 /* What a layer does between its self-attentions, each a single pass over the tokens, float32: linear layers with their
- * neighbours, the depthwise convolution with its own, and the attention between tokens and dictionary. A map has 48
- * channels, so a product on it costs about as much as to read and write it: no intermediate result goes to memory. */
+ * neighbours, the depthwise convolution with its own, and the attention between tokens and dictionary. Maps have few
+ * channels, 48 in ATD-light, so a product costs about as much as to read and write one: no intermediate result goes to
+ * memory. */
 
 #include "kernels.h"
 
@@ -103,7 +104,7 @@ static void linear(const struct linear *l, int64_t begin, int64_t end, float *sc
 
 /* --- depthwise convolution ---------------------------------------------------------------------------------------- */
 
-enum { COLUMNS = 7 }; /* outputs that are worked on together, so that 7 sums and 7 weights fill 16 registers */
+enum { COLUMNS = 7 }; /* outputs that are worked on together, so that 7 sums and 7 weights fit 16 registers */
 
 /* `n` neighbouring outputs from column x on, VL channels from c on. `inside`: no column is beyond the border. */
 INLINE void depthwise_block(const struct depthwise *d, int n, int64_t kernel, int64_t y, int64_t x, int64_t c,
@@ -136,11 +137,15 @@ INLINE void depthwise_block(const struct depthwise *d, int n, int64_t kernel, in
     }
 }
 
+/* Where the next VL channels begin; at the end some are done twice if they do not fill a vector: it is the same result. */
+INLINE int64_t next_channel(const struct depthwise *d, int64_t c) {
+    return c + VL < d->channels && c + 2 * VL > d->channels ? d->channels - VL : c + VL;
+}
+
 /* Columns in which a kernel of known size fits into the map, COLUMNS at a time; the rest one by one. */
 INLINE void depthwise_columns(const struct depthwise *d, int64_t kernel, int64_t y, int64_t begin, int64_t end) {
     const int64_t half = kernel / 2;
-    /* the last channels once more where they do not fill a vector: it is the same result */
-    for (int64_t c = 0; c < d->channels; c = c + VL < d->channels && c + 2 * VL > d->channels ? d->channels - VL : c + VL)
+    for (int64_t c = 0; c < d->channels; c = next_channel(d, c))
         for (int64_t x = begin; x < end;)
             if (kernel <= COLUMNS && x >= half && x + COLUMNS <= end && x + COLUMNS + half <= d->width) {
                 depthwise_block(d, COLUMNS, kernel, y, x, c, 1);
@@ -162,8 +167,7 @@ static void depthwise(const struct depthwise *d, int64_t row) {
         else if (d->kernel == 3)
             depthwise_columns(d, 3, row, x, end);
         else
-            for (int64_t c = 0; c < d->channels;
-                 c = c + VL < d->channels && c + 2 * VL > d->channels ? d->channels - VL : c + VL)
+            for (int64_t c = 0; c < d->channels; c = next_channel(d, c))
                 for (int64_t i = x; i < end; i++) depthwise_block(d, 1, d->kernel, row, i, c, 0);
     }
 }
@@ -251,7 +255,7 @@ static void moments(const struct dictionary *d, int64_t begin, int64_t end, floa
         for (int64_t m = 0; m < entries; m++)
             EACH(v, NV) {
                 const int64_t at = m * LANES + v * VL;
-                /* where there is no token it counts as one of similarity `pivot`, which the sums do not feel */
+                /* lanes without a token: d = 0, which the sums do not feel and the first token has anyway */
                 const vf x = (load(p + at) - d->pivot[m]) * mask[v];
                 store(sum + at, load(sum + at) + x);
                 store(squares + at, load(squares + at) + x * x);
@@ -259,18 +263,17 @@ static void moments(const struct dictionary *d, int64_t begin, int64_t end, floa
                 store(most + at, vmax(load(most + at), x));
             }
     }
-    for (int64_t m = 0; m < entries; m++) {
-        result[m] = (struct moments){0, 0, INFINITY, -INFINITY};
+    for (int64_t m = 0; m < entries; m++)
         for (int64_t at = m * LANES; at < (m + 1) * LANES; at++) {
             result[m].sum += sum[at];
             result[m].squares += squares[at];
             result[m].least = least[at] < result[m].least ? least[at] : result[m].least;
             result[m].most = most[at] > result[m].most ? most[at] : result[m].most;
         }
-    }
 }
 
-static void refine(const struct dictionary *d, int64_t begin, int64_t end, float *scratch, float *sums, float *weights) {
+static void refine(const struct dictionary *d, int64_t begin, int64_t end, float *scratch, float *sums,
+                   float *weights) {
     const int64_t entries = d->entries, channels = d->channels;
     float *q = scratch, *p = q + d->rank * LANES, *total = p + entries * LANES, *rows = total + entries * LANES;
     memset(total, 0, entries * LANES * sizeof(float));

@@ -7,9 +7,10 @@
 
 #include "runtime.h"
 
-enum { RUN = 10 * CHUNK, /* tokens of a task of linear layers */
-       FEW = 64 * LANES, /* tokens of a task of the dictionary, at least, */
-       MOST_TASKS = 256, /* unless that makes more tasks than this per image */
+enum {
+    RUN = 10 * CHUNK,  /* tokens of a task of linear layers */
+    SHORT = 64 * LANES, /* tokens whose sums are kept in float; longer sums are in double */
+    MOST_TASKS = 256,  /* of the dictionary, per image */
 };
 
 /* --- linear layers ------------------------------------------------------------------------------------------------ */
@@ -96,29 +97,29 @@ int ppsr_depthwise(const float *u, const float *weight, const float *bias, float
 /* --- tokens and dictionary ---------------------------------------------------------------------------------------- */
 
 struct dictionary_loop {
-    struct dictionary first; /* image */
-    int64_t run, tasks;      /* tokens of a task, tasks of an image */
+    struct dictionary image; /* the first; the others follow it in memory */
+    int64_t length, tasks;   /* tokens of a task, tasks of an image */
     struct moments *moments; /* (batch, tasks, entries), of the refinement */
-    float *sums;             /* (batch, tasks, ...): per task (panels, entries, 16), then (entries) weights alone */
+    double *sums;            /* (batch, tasks, ...): per task (panels, entries, 16), then (entries) weights alone */
 };
 
 static int64_t panels_of(const struct dictionary *d) { return padded(d->channels, LANES) / LANES; }
 
-/* Floats of a task's sums, and of those the ones before its weights; rows begin at multiples of 64 bytes. */
+/* How many sums there are of a task, without and with the weights; rows begin at multiples of 64 bytes. */
 static int64_t sums_of(const struct dictionary *d) { return d->entries * panels_of(d) * LANES; }
 static int64_t sums_and_weights_of(const struct dictionary *d) { return sums_of(d) + padded(d->entries, LANES); }
 
-static struct dictionary_loop plan(struct dictionary first) {
-    const int64_t run = larger(FEW, padded((first.tokens + MOST_TASKS - 1) / MOST_TASKS, LANES));
-    return (struct dictionary_loop){first, run, (first.tokens + run - 1) / run, NULL, NULL};
+static struct dictionary_loop plan(struct dictionary image) {
+    const int64_t length = larger(SHORT, padded((image.tokens + MOST_TASKS - 1) / MOST_TASKS, LANES));
+    return (struct dictionary_loop){image, length, (image.tokens + length - 1) / length, NULL, NULL};
 }
 
 /* The image of a task and its tokens. */
 static struct dictionary locate(const struct dictionary_loop *loop, int64_t task, int64_t *begin, int64_t *end) {
-    struct dictionary d = loop->first;
+    struct dictionary d = loop->image;
     const int64_t image = task / loop->tasks;
-    *begin = task % loop->tasks * loop->run;
-    *end = smaller(*begin + loop->run, d.tokens);
+    *begin = task % loop->tasks * loop->length;
+    *end = smaller(*begin + loop->length, d.tokens);
     d.q += image * d.tokens * d.rank;
     d.k += image * d.entries * d.rank;
     if (d.v) d.v += image * d.entries * panels_of(&d) * LANES;
@@ -131,9 +132,9 @@ static struct dictionary locate(const struct dictionary_loop *loop, int64_t task
     return d;
 }
 
-static int for_each_run(struct dictionary_loop *loop, int64_t batch, int64_t threads,
-                        void (*body)(void *, int64_t, int, void *)) {
-    const int64_t floats = dictionary_floats(loop->first.rank, loop->first.entries);
+static int for_each_part(struct dictionary_loop *loop, int64_t batch, int64_t threads,
+                         void (*body)(void *, int64_t, int, void *)) {
+    const int64_t floats = dictionary_floats(loop->image.rank, loop->image.entries) + sums_and_weights_of(&loop->image);
     return ppsr_for_each(batch * loop->tasks, threads, floats * sizeof(float), loop, body);
 }
 
@@ -161,7 +162,7 @@ int ppsr_dictionary_attention(const float *q, const float *k, const float *v, fl
     struct dictionary_loop loop = plan((struct dictionary){
         .q = q, .k = k, .tokens = tokens, .rank = rank, .entries = entries, .channels = channels, .v = packed,
         .out = out, .category = category});
-    const int failed = for_each_run(&loop, batch, threads, attend_task);
+    const int failed = for_each_part(&loop, batch, threads, attend_task);
     free(packed);
     return failed;
 }
@@ -171,7 +172,10 @@ static void moments_task(void *context, int64_t task, int more, void *scratch) {
     const struct dictionary_loop *loop = context;
     int64_t begin, end;
     const struct dictionary d = locate(loop, task, &begin, &end);
-    ppsr_layer_kernels()->moments(&d, begin, end, scratch, loop->moments + task * d.entries);
+    struct moments *moments = loop->moments + task * d.entries;
+    for (int64_t m = 0; m < d.entries; m++) moments[m] = (struct moments){0, 0, INFINITY, -INFINITY};
+    for (; begin < end; begin += SHORT)
+        ppsr_layer_kernels()->moments(&d, begin, smaller(begin + SHORT, end), scratch, moments);
 }
 
 static void refine_task(void *context, int64_t task, int more, void *scratch) {
@@ -179,16 +183,21 @@ static void refine_task(void *context, int64_t task, int more, void *scratch) {
     const struct dictionary_loop *loop = context;
     int64_t begin, end;
     const struct dictionary d = locate(loop, task, &begin, &end);
-    const int64_t floats = sums_and_weights_of(&d);
-    float *sums = loop->sums + task * floats;
-    memset(sums, 0, floats * sizeof(float));
-    ppsr_layer_kernels()->refine(&d, begin, end, scratch, sums, sums + sums_of(&d));
+    const int64_t count = sums_and_weights_of(&d);
+    float *some = scratch; /* sums over a few tokens */
+    double *sums = loop->sums + task * count;
+    for (int64_t i = 0; i < count; i++) sums[i] = 0;
+    for (; begin < end; begin += SHORT) {
+        memset(some, 0, count * sizeof(float));
+        ppsr_layer_kernels()->refine(&d, begin, smaller(begin + SHORT, end), some + count, some, some + sums_of(&d));
+        for (int64_t i = 0; i < count; i++) sums[i] += some[i];
+    }
 }
 
 /* Mean and variance of the similarities, the largest of what they weigh -> slope and peak of the weights. */
 static void weigh(const struct dictionary_loop *loop, int64_t image, const float *weight, const float *bias, float eps,
                   float *slope, float *peak) {
-    const int64_t entries = loop->first.entries;
+    const int64_t entries = loop->image.entries;
     for (int64_t m = 0; m < entries; m++) {
         double sum = 0, squares = 0;
         float least = INFINITY, most = -INFINITY;
@@ -199,7 +208,7 @@ static void weigh(const struct dictionary_loop *loop, int64_t image, const float
             least = fminf(least, part->least);
             most = fmaxf(most, part->most);
         }
-        const double mean = sum / (double)loop->first.tokens, variance = squares / (double)loop->first.tokens - mean * mean;
+        const double n = (double)loop->image.tokens, mean = sum / n, variance = squares / n - mean * mean;
         const double factor = weight[m] / sqrt((variance > 0 ? variance : variance * 0) + eps) / log(2);
         slope[image * entries + m] = (float)factor;
         /* the bias and the mean are the same for all tokens, so they do not change the weights; unless they are NaN */
@@ -208,43 +217,43 @@ static void weigh(const struct dictionary_loop *loop, int64_t image, const float
 }
 
 /* Softmax over the tokens of the normalised similarities, times x: q, k as above, x (batch, tokens, channels), weight
- * and bias (entries) of the normalisation -> out (batch, entries, channels). */
+ * and bias (entries) of the normalisation -> out (batch, entries, channels). tokens >= 1. */
 int ppsr_dictionary_refinement(const float *q, const float *k, const float *x, const float *weight, const float *bias,
                                float *out, float eps, int64_t batch, int64_t tokens, int64_t rank, int64_t entries,
                                int64_t channels, int64_t threads) {
     struct dictionary_loop loop = plan((struct dictionary){
         .q = q, .k = k, .tokens = tokens, .rank = rank, .entries = entries, .channels = channels, .x = x});
-    const int64_t floats = sums_and_weights_of(&loop.first);
+    const int64_t count = sums_and_weights_of(&loop.image);
     float *pivot = ppsr_take(3 * batch * entries * sizeof(float)); /* pivot, slope, peak */
     float *scratch = ppsr_take(dictionary_floats(rank, entries) * sizeof(float));
     loop.moments = ppsr_take(batch * loop.tasks * entries * sizeof(struct moments));
-    loop.sums = ppsr_take(batch * loop.tasks * floats * sizeof(float));
+    loop.sums = ppsr_take(batch * loop.tasks * count * sizeof(double));
     int failed = pivot && scratch && loop.moments && loop.sums ? 0 : -1;
     if (!failed) {
         float *slope = pivot + batch * entries, *peak = slope + batch * entries;
         memset(pivot, 0, batch * entries * sizeof(float));
-        loop.first.pivot = pivot;
+        loop.image.pivot = pivot;
         for (int64_t b = 0; b < batch; b++) { /* measured from 0, the sum over one token is its similarity */
             int64_t begin, end;
             const struct dictionary d = locate(&loop, b * loop.tasks, &begin, &end);
+            for (int64_t m = 0; m < entries; m++) loop.moments[m] = (struct moments){0, 0, INFINITY, -INFINITY};
             ppsr_layer_kernels()->moments(&d, 0, 1, scratch, loop.moments);
             for (int64_t m = 0; m < entries; m++) pivot[b * entries + m] = (float)loop.moments[m].sum;
         }
-        failed = for_each_run(&loop, batch, threads, moments_task);
+        failed = for_each_part(&loop, batch, threads, moments_task);
         for (int64_t b = 0; b < batch; b++) weigh(&loop, b, weight, bias, eps, slope, peak);
-        loop.first.slope = slope;
-        loop.first.peak = peak;
+        loop.image.slope = slope;
+        loop.image.peak = peak;
     }
-    if (!failed) failed = for_each_run(&loop, batch, threads, refine_task);
-    for (int64_t i = 0; !failed && i < batch * entries * channels; i++) {
-        const int64_t image = i / channels / entries, m = i / channels % entries, c = i % channels;
-        double sum = 0, total = 0;
-        for (int64_t t = 0; t < loop.tasks; t++) {
-            const float *sums = loop.sums + (image * loop.tasks + t) * floats;
-            sum += sums[(c / LANES * entries + m) * LANES + c % LANES];
-            total += sums[sums_of(&loop.first) + m];
-        }
-        out[i] = (float)(sum / total);
+    if (!failed) failed = for_each_part(&loop, batch, threads, refine_task);
+    for (int64_t b = 0; !failed && b < batch; b++) {
+        double *sums = loop.sums + b * loop.tasks * count; /* of the first task, then of all */
+        for (int64_t t = 1; t < loop.tasks; t++)
+            for (int64_t i = 0; i < count; i++) sums[i] += sums[t * count + i];
+        for (int64_t m = 0; m < entries; m++)
+            for (int64_t c = 0; c < channels; c++)
+                out[(b * entries + m) * channels + c] =
+                    (float)(sums[(c / LANES * entries + m) * LANES + c % LANES] / sums[sums_of(&loop.image) + m]);
     }
     free(pivot);
     free(scratch);

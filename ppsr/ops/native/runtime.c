@@ -1,9 +1,9 @@
 /* Memory, threads, instruction sets, denormal numbers.
  *
- * Threads are those of torch: a second OpenMP runtime in the process would spin against torch's. So this file is plain C,
- * and the loader hands in GOMP_parallel, the entry of the runtime that torch has loaded. Tasks are taken from a counter,
- * and whatever is summed over tasks is kept apart per task and added up in their order, so that no result depends on who
- * did what. */
+ * Threads are those of torch: a second OpenMP runtime in the process would spin against torch's. So this file is plain
+ * C, and the loader hands in GOMP_parallel, the entry of the runtime that torch has loaded. Tasks are taken from a
+ * counter, and whatever is summed over tasks is kept apart per task and added up in their order, so that no result
+ * depends on who did what (nor, but for bias gradients with more than 8 threads, on how many there are). */
 
 #include "runtime.h"
 
@@ -17,23 +17,24 @@
 #endif
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 /* --- instruction sets --------------------------------------------------------------------------------------------- */
 
-extern const struct kernels ppsr_kernels_baseline, ppsr_kernels_avx2, ppsr_kernels_avx512;
+extern const struct attention_kernels ppsr_attention_kernels_baseline, ppsr_attention_kernels_avx2, ppsr_attention_kernels_avx512;
 extern const struct layer_kernels ppsr_layer_kernels_baseline, ppsr_layer_kernels_avx2, ppsr_layer_kernels_avx512;
 
 static const struct {
     const char *name;
-    const struct kernels *kernels;
-    const struct layer_kernels *layer_kernels;
+    const struct attention_kernels *attention;
+    const struct layer_kernels *layers;
 } targets[] = {
 #if defined(__x86_64__)
-    {"avx512", &ppsr_kernels_avx512, &ppsr_layer_kernels_avx512},
-    {"avx2", &ppsr_kernels_avx2, &ppsr_layer_kernels_avx2},
+    {"avx512", &ppsr_attention_kernels_avx512, &ppsr_layer_kernels_avx512},
+    {"avx2", &ppsr_attention_kernels_avx2, &ppsr_layer_kernels_avx2},
 #endif
-    {"baseline", &ppsr_kernels_baseline, &ppsr_layer_kernels_baseline},
+    {"baseline", &ppsr_attention_kernels_baseline, &ppsr_layer_kernels_baseline},
 };
 enum { TARGETS = sizeof(targets) / sizeof(targets[0]) };
 static int current = TARGETS - 1; /* index into targets */
@@ -59,11 +60,11 @@ int ppsr_set_target(const char *name) {
 
 const char *ppsr_target(void) { return targets[current].name; }
 
-const struct kernels *ppsr_kernels(void) { return targets[current].kernels; }
+const struct attention_kernels *ppsr_attention_kernels(void) { return targets[current].attention; }
 
-const struct layer_kernels *ppsr_layer_kernels(void) { return targets[current].layer_kernels; }
+const struct layer_kernels *ppsr_layer_kernels(void) { return targets[current].layers; }
 
-void ppsr_exp2(const float *x, float *y, int64_t n) { targets[current].kernels->exp2(x, y, n); }
+void ppsr_exp2(const float *x, float *y, int64_t n) { targets[current].attention->exp2(x, y, n); }
 
 /* --- denormal numbers --------------------------------------------------------------------------------------------- */
 
@@ -99,9 +100,9 @@ void *ppsr_take(int64_t bytes) { return aligned_alloc(64, padded(bytes ? bytes :
 
 void ppsr_expect(float *out, int64_t floats) {
 #if defined(MADV_HUGEPAGE)
-    enum { PAGE = 4096, FRESH = 32 << 20 };
-    const uintptr_t begin = padded((int64_t)(uintptr_t)out, PAGE), end = (uintptr_t)(out + floats) / PAGE * PAGE;
-    if (floats * (int64_t)sizeof(float) > FRESH) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+    const int64_t page = sysconf(_SC_PAGESIZE), fresh = 32 << 20;
+    const int64_t begin = padded((int64_t)(uintptr_t)out, page), end = (int64_t)(uintptr_t)(out + floats) / page * page;
+    if (end - begin > fresh) madvise((void *)(uintptr_t)begin, end - begin, MADV_HUGEPAGE); /* advice: may fail */
 #else
     (void)out, (void)floats;
 #endif

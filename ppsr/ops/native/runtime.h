@@ -17,7 +17,7 @@ void *ppsr_take(int64_t bytes);
 void ppsr_expect(float *out, int64_t floats);
 
 /* Kernels for the best instruction set of this processor, or for the one that was asked for. */
-const struct kernels *ppsr_kernels(void);
+const struct attention_kernels *ppsr_attention_kernels(void);
 const struct layer_kernels *ppsr_layer_kernels(void);
 
 /* Runs body for every task, on up to `threads` threads, each with `scratch_bytes` of its own, aligned to 64 bytes.
