@@ -16,12 +16,16 @@ from ppsr.ops import dispatch
 
 INTRODUCTION = """# Performance
 
-Made by `python benchmarks/performance.py` on this machine: {machine}; default allocator.
+Made by `{command}` on this machine: {machine}; default allocator.
 
 What is compared: `reference` is the definition, every attention matrix materialised; `torch` is vectorised PyTorch with
 fused attention; `native` are the compiled CPU kernels, in inference for the whole of a layer. All three give the same
-network. Absolute seconds are this
-machine's; the ratios are medians of pairs measured next to each other in one process.
+network. Absolute seconds are this machine's; the ratios are medians of pairs measured next to each other in one
+process. Where other jobs share the processor a single pair can be 10 % off, so differences of one or two per cent mean
+little.
+
+The bound is what the multiply-adds take at the speed of a large matrix product and the exponentials at the speed of an
+array in the cache: without reading or writing anything.
 
 **No GPU timing has been measured.** The Triton kernels are tested in Triton's interpreter and compiled for sm_80 and
 sm_90 (`tests/test_triton.py`); `python benchmarks/gpu.py` is ready for whoever has a GPU.
@@ -43,7 +47,7 @@ def main() -> None:
     parser.add_argument('--runs', type=int, default=5)
     args = parser.parse_args()
     backends = [name for name in ('native', 'torch', 'reference') if dispatch.available(name) is None]
-    parts = [INTRODUCTION.format(machine=machine())]
+    parts = [INTRODUCTION.format(machine=machine(), command=f'python benchmarks/performance.py --runs {args.runs}')]
     for title, make in (
         ('forward', lambda: forward.report(180, 320, args.runs, backends)),
         ('training step', lambda: train_step.report(4, 48, args.runs, backends)),

@@ -8,9 +8,10 @@
 #include "runtime.h"
 
 enum {
-    RUN = 10 * CHUNK,  /* tokens of a task of linear layers */
-    SHORT = 64 * LANES, /* tokens whose sums are kept in float; longer sums are in double */
-    MOST_TASKS = 256,  /* of the dictionary, per image */
+    RUN = 10 * CHUNK,   /* tokens of a task of linear layers */
+    LEAST = 64 * LANES, /* tokens of a task of the dictionary, at least */
+    MOST_TASKS = 256,   /* of the dictionary, per image */
+    SHORT = 16 * LANES, /* tokens whose sums are kept in float; longer sums are in double */
 };
 
 /* --- linear layers ------------------------------------------------------------------------------------------------ */
@@ -110,7 +111,7 @@ static int64_t sums_of(const struct dictionary *d) { return d->entries * panels_
 static int64_t sums_and_weights_of(const struct dictionary *d) { return sums_of(d) + padded(d->entries, LANES); }
 
 static struct dictionary_loop plan(struct dictionary image) {
-    const int64_t length = larger(SHORT, padded((image.tokens + MOST_TASKS - 1) / MOST_TASKS, LANES));
+    const int64_t length = larger(LEAST, padded((image.tokens + MOST_TASKS - 1) / MOST_TASKS, LANES));
     return (struct dictionary_loop){image, length, (image.tokens + length - 1) / length, NULL, NULL};
 }
 
