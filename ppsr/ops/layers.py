@@ -59,7 +59,12 @@ def _is(kind: type[nn.Module], *modules: nn.Module) -> bool:
 # --- linear layers ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op('ppsr::linear', **CPU)
+@torch.library.custom_op(
+    'ppsr::linear',
+    **CPU,
+    schema='(Tensor x, Tensor[] norm, float eps, Tensor[] weights, Tensor[] biases, Tensor[] add, bool gelu)'
+    ' -> Tensor[]',  # torch 2.4 does not understand the annotations
+)
 def _linear(
     x: Tensor,
     norm: Sequence[Tensor],
@@ -74,17 +79,14 @@ def _linear(
     _require(len(add) <= 2 and all(a.shape == out[0].shape for a in add), 'up to two tensors to add, like the result')
     _require(all(w.shape == (b.numel(), x.shape[-1]) for w, b in zip(weights, biases)), 'weights that fit x')
     _require(all(p.numel() == x.shape[-1] for p in norm), 'a LayerNorm over the last dimension')
-    x, *tensors = _ready(x, *norm, *weights, *biases, *add)
-    tensors = iter(tensors)
 
-    def take(given: Sequence[Tensor]) -> list[Tensor | None]:
-        """As many of the tensors as were given, filled up with null pointers."""
-        return ([next(tensors) for _ in given] + 2 * [None])[:2]
+    def two(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """Ready for C, a null pointer for each that is missing."""
+        return (_ready(*tensors) + 2 * [None])[:2]
 
-    norm, (weight, weight2), (bias, bias2), add = take(norm), take(weights), take(biases), take(add)
-    widths = [o.shape[-1] for o in out] + [0]
-    sizes = x.numel() // x.shape[-1], x.shape[-1], *widths[:2], gelu
-    call('ppsr_linear', x, *norm, weight, bias, weight2, bias2, *add, *(out + [None])[:2], eps, *sizes)
+    (x,), (weight, weight2), (bias, bias2) = _ready(x), two(weights), two(biases)
+    sizes = x.numel() // x.shape[-1], x.shape[-1], weight.shape[0], weight2.shape[0] if weights[1:] else 0, gelu
+    call('ppsr_linear', x, *two(norm), weight, bias, weight2, bias2, *two(add), *two(out), eps, *sizes)
     return out
 
 
