@@ -1,6 +1,6 @@
 """Inference on the CPU: every backend against the reference, dense against Pure-Pass, and the machine's bound.
 
-    python benchmarks/forward.py [--size 180 320] [--runs 5] [--backends native torch reference]
+    python benchmarks/forward.py [--size 180 320] [--runs 5] [--backends native torch reference] [--savings]
 
 Weights are random: time does not depend on them beyond which tokens meet in a group. One process, cases in turn,
 medians. The reference backend materialises every attention matrix, as the formulas say.
@@ -96,7 +96,7 @@ def variants(dense: ATDLight, lq: torch.Tensor, runs: int, best: str) -> str:
 
 def savings(dense: ATDLight, pp: PPATDLight, height: int, width: int, runs: int, backend: str) -> str:
     """Time that Pure-Pass saves against multiply-adds that it saves, on photographs and where nothing is pure."""
-    rows = []
+    rows, totals = [], [0.0, 0.0, 0.0]
     for name in (*PHOTOGRAPHS, None):
         x = photograph(name, height, width) if name else noise(height, width)
         _, mask = pp(x, return_mask=True)
@@ -104,6 +104,12 @@ def savings(dense: ATDLight, pp: PPATDLight, height: int, width: int, runs: int,
         cases = {'pp': on(backend, lambda x=x: pp(x)), 'dense': on(backend, lambda x=x: dense(x))}
         s = alternate(cases, runs if name else 2 * runs, warmup=0)
         less = 1 - ratio(s['pp'], s['dense'])
+        if name:
+            totals = [a + b for a, b in zip(totals, (mask.float().mean().item(), saved, less))]
+        else:
+            pure_mean, saved_mean, less_mean = (total / len(PHOTOGRAPHS) for total in totals)
+            rows.append(['mean of the photographs', f'{pure_mean:.1%}', f'{saved_mean:.1%}', f'{less_mean:.1%}'])
+            rows[-1].append(f'{less_mean / saved_mean:.2f}')
         row = [name or 'noise (nothing pure)', f'{mask.float().mean():.1%}', f'{max(saved, 0):.1%}', f'{less:.1%}']
         rows.append([*row, f'{less / saved:.2f}' if name else ''])
     return table([f'PPATDLight against ATDLight, {backend}', 'pure', 'GMACs saved', 'time saved', 'time/GMACs'], rows)
@@ -157,6 +163,10 @@ if __name__ == '__main__':
     parser.add_argument('--runs', type=int, default=5)
     usable = [name for name in ('native', 'torch', 'reference') if dispatch.available(name) is None]
     parser.add_argument('--backends', nargs='+', default=usable, choices=usable)
+    parser.add_argument('--savings', action='store_true', help='only what Pure-Pass saves, with the first backend')
     args = parser.parse_args()
     print(machine(), '\n')
+    if args.savings:
+        torch.set_grad_enabled(False)
+        raise SystemExit(print(savings(*networks(), *args.size, args.runs, args.backends[0])))
     print(report(*args.size, args.runs, args.backends))
