@@ -167,6 +167,7 @@ if __name__ == '__main__':
     args = parser.parse_args()
     print(machine(), '\n')
     if args.savings:
-        torch.set_grad_enabled(False)
-        raise SystemExit(print(savings(*networks(), *args.size, args.runs, args.backends[0])))
-    print(report(*args.size, args.runs, args.backends))
+        with torch.no_grad():
+            print(savings(*networks(), *args.size, args.runs, args.backends[0]))
+    else:
+        print(report(*args.size, args.runs, args.backends))
