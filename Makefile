@@ -33,7 +33,7 @@ $(INSTALLED): setup.py pyproject.toml $(wildcard ppsr/ops/native/*.c ppsr/ops/na
 		echo "ppsr needs Python 3.10, 3.11 or 3.12 with venv; install one, or name it: make PYTHON=/path/to/python3.11" >&2; \
 		exit 2; \
 	fi
-	$(BIN)/python -m pip install -q 'pip>=23' 'setuptools>=64' wheel cython numpy
+	$(BIN)/python -m pip install -q 'pip>=23' 'setuptools>=70.1' wheel cython numpy
 	$(BIN)/python -c 'import torch, torchvision' 2>/dev/null || $(BIN)/python -m pip install -q $(TORCH)
 	$(BIN)/python -m pip install -q --no-build-isolation basicsr==1.4.2
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[test]'
