@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from flop_counter import flop_counter
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ppsr.archs import ATDLight, CAMixerATDLight, PPATDLight
 from ppsr.cli import main
@@ -22,7 +22,7 @@ SIZES = [(21, 27), (8, 8), (1, 40)]
 def executed(net, x):
     """Multiply-adds that torch counts in a forward pass, and the mask used. The counter knows no fused attention of
     the CPU, so torch's own attention (CAMixer) runs as two matrix products."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), flop_counter() as counter:
         _, mask = net.eval()(x, return_mask=True)
     return counter.get_total_flops() / 2, mask
 

@@ -8,11 +8,11 @@ import importlib
 
 import pytest
 import torch
+from flop_counter import flop_counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from ppsr.errors import UserError
 from ppsr.ops import category_attention, dispatch, fused, use_backend, window_attention
@@ -584,12 +584,12 @@ def test_category_flops(pure, expected):
     mask = None if pure is None else torch.zeros(1, 8, dtype=torch.bool)
     if pure:
         mask[0, pure] = True
-    with FlopCounterMode(display=False) as forward:
+    with flop_counter() as forward:
         out = category_attention(
             qkv, torch.zeros(1, 8, dtype=torch.long), scale, num_heads=2, category_size=4, pure=mask
         )
     assert forward.get_total_flops() == expected
-    with FlopCounterMode(display=False) as backward:
+    with flop_counter() as backward:
         out.sum().backward()
     assert backward.get_total_flops() == expected * 5 // 2
 
@@ -598,7 +598,7 @@ def test_category_flops_of_a_batch_add_up():
     pure = torch.zeros(2, 8, dtype=torch.bool)
     pure[1, :6] = True
     category = torch.zeros(2, 8, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         category_attention(torch.randn(2, 8, 18), category, torch.ones(1), num_heads=2, category_size=4, pure=pure)
     assert counter.get_total_flops() == 2 * 2 * (8 * 4 + 2 * 2) * 6
 
@@ -607,10 +607,10 @@ def test_category_flops_of_a_batch_add_up():
 def test_window_flops(shift):
     qkv, table = torch.randn(2, 4, 6, 18, requires_grad=True), torch.zeros(9, 3)
     expected = 2 * 2 * (2 * 4 * 6) * 4 * 6  # every token counts its window of 2·2, masked or not, as the papers do
-    with FlopCounterMode(display=False) as forward:
+    with flop_counter() as forward:
         out = window_attention(qkv, table, num_heads=3, window_size=2, shift=shift)
     assert forward.get_total_flops() == expected
-    with FlopCounterMode(display=False) as backward:
+    with flop_counter() as backward:
         out.sum().backward()
     assert backward.get_total_flops() == expected * 5 // 2
 
@@ -679,7 +679,7 @@ def test_fake_results_look_like_real_ones(backend, dtype):
 def test_flops_of_meta_tensors_are_the_dense_count():
     qkv, category = torch.empty(1, 8, 18, device='meta'), torch.empty(1, 8, dtype=torch.long, device='meta')
     pure, scale = torch.empty(1, 8, dtype=torch.bool, device='meta'), torch.empty(1, device='meta')
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         category_attention(qkv, category, scale, num_heads=2, category_size=4, pure=pure)
     assert counter.get_total_flops() == 2 * 2 * 8 * 4 * 6
 

@@ -37,9 +37,9 @@ def buffers(like: Tensor, numel: int) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | float, bias: Tensor | None = None):
     """softmax(scale·q·kᵀ + bias)·v: output (w, h, r, d) in the dtype of q, log-sum-exp (w, h, r) in the wide dtype."""
     if q.device.type == 'cpu':
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, attn_mask=None if bias is None else bias[None].to(q.dtype), scale=float(scale)
-        )
+        if bias is not None:
+            bias = bias[None].to(q.dtype).contiguous()  # torch 2.4 reads a mask wrongly whose last stride is not 1
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=float(scale))
     return attention_in_parts(q, k, v, scale, bias)
 
 
