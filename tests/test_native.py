@@ -310,7 +310,8 @@ count = lambda: len(__import__('os').listdir('/proc/self/task'))
 before = count()
 for _ in range(3):
     forward(torch.randn(1, 32, 32, 36), torch.randn(225, 1), 1, 8, 0)
-runtimes = {line.split()[-1] for line in open('/proc/self/maps') if any(x in line for x in ('libgomp', 'libomp', 'libiomp'))}
+names = 'libgomp', 'libomp', 'libiomp'
+runtimes = {line.split()[-1] for line in open('/proc/self/maps') if any(name in line for name in names)}
 print(len(runtimes), count() - before, native._openmp_entry() is not None)
 """
     env = os.environ | {'OMP_NUM_THREADS': '2'}
