@@ -3,7 +3,7 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,10 @@ import skimage.data
 import torch
 from PIL import Image
 
+from ppsr.data.bicubic import imresize_bicubic, modcrop
 from ppsr.ops import use_backend
+from ppsr.pictures.imageio import read_picture
+from ppsr.pictures.visualize import as_rgb, to_tensor
 
 
 def machine() -> str:
@@ -28,6 +31,19 @@ def photograph(name: str, height: int, width: int) -> torch.Tensor:
     path = next(Path(skimage.data.__file__).parent.glob(f'{name}.*'))
     image = Image.open(path).convert('RGB').resize((width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).astype(np.float32) / 255)[None]
+
+
+def image_pairs(folder: Path, scale: int, first: int | None = None) -> Iterator[tuple[Path, torch.Tensor, np.ndarray]]:
+    """(path, lq (1, 3, h, w), gt (H, W, 3) uint8) of the HR images of a folder, by name; lq by the exact bicubic."""
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in ('.png', '.jpg', '.bmp'))
+    for path in paths[:first]:
+        gt = modcrop(as_rgb(read_picture(path).pixels), scale)
+        yield path, to_tensor(imresize_bicubic(gt, scale)), gt
+
+
+def as_image(sr: torch.Tensor) -> np.ndarray:
+    """(3, H, W) -> (H, W, 3) uint8"""
+    return (sr.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
 def noise(height: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -8,12 +8,10 @@ import time
 from pathlib import Path
 
 import torch
+from common import as_image, image_pairs
 
 import ppsr  # noqa: F401, registers the archs
-from ppsr.data.bicubic import imresize_bicubic, modcrop
 from ppsr.pictures.compare import psnr_ssim
-from ppsr.pictures.imageio import read_picture
-from ppsr.pictures.visualize import as_rgb, to_tensor
 from ppsr.weights import load_model
 
 
@@ -32,14 +30,9 @@ def main() -> None:
             sr = net(lq.to(args.device)).float().cpu()[0].clamp(0, 1)
         return sr, time.perf_counter() - start
 
-    def as_image(sr: torch.Tensor):
-        return (sr * 255).round().byte().permute(1, 2, 0).numpy()
-
     print('| image | dtype | PSNR | float32 | mean \\|Δ\\| | max \\|Δ\\| | PSNR between | time against float32 |')
     print('|---|---|---|---|---|---|---|---|')
-    for path in sorted(p for p in args.data.iterdir() if p.suffix.lower() in ('.png', '.jpg', '.bmp')):
-        gt = modcrop(as_rgb(read_picture(path).pixels), net.upscale)
-        lq = to_tensor(imresize_bicubic(gt, net.upscale))
+    for path, lq, gt in image_pairs(args.data, net.upscale):
         run(lq, torch.float32)
         exact, seconds = run(lq, torch.float32)
         for name in args.dtypes:

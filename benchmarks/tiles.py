@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import as_image, image_pairs
 
 import ppsr  # noqa: F401, registers the archs
-from ppsr.data.bicubic import imresize_bicubic, modcrop
 from ppsr.pictures.compare import psnr_ssim
-from ppsr.pictures.imageio import read_picture
 from ppsr.pictures.tiling import tiled_forward
-from ppsr.pictures.visualize import as_rgb, to_tensor
 from ppsr.weights import load_model
 
 
@@ -31,21 +29,18 @@ def main() -> None:
         '| images | tile / overlap | PSNR | change | PSNR of tiled against whole | GMACs |\n|---|---|---|---|---|---|'
     )
     for folder in args.data:
-        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in ('.png', '.jpg', '.bmp'))[: args.first]
         rows = {setting: [] for setting in settings}
-        for path in paths:
-            gt = modcrop(as_rgb(read_picture(path).pixels), net.upscale)
-            lq = to_tensor(imresize_bicubic(gt, net.upscale))
+        for _, lq, gt in image_pairs(folder, net.upscale, args.first):
             for setting in settings:
                 with torch.inference_mode():
                     sr, totals = tiled_forward(net, lq, *setting)
-                image = (sr[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+                image = as_image(sr[0])
                 if setting == (0, 0):
                     whole = image
                 same = np.array_equal(image, whole)
                 near = float('inf') if same else psnr_ssim(image, whole, net.upscale)[0]
                 rows[setting].append((psnr_ssim(image, gt, net.upscale)[0], near, totals.macs / 1e9))
-        name = f'{folder.parent.name} ({len(paths)})'
+        name = f'{folder.parent.name} ({len(rows[0, 0])})'
         base = np.mean([row[0] for row in rows[0, 0]])
         for (tile, overlap), values in rows.items():
             psnr, near, gmacs = np.mean(values, axis=0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ppsr  # noqa: F401, registers archs and models
+from ppsr.ops import native
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -42,6 +43,15 @@ def _seeded():
 def tiny() -> dict:
     """Constructor arguments of a network that runs in milliseconds (the one of golden_tiny_x2)."""
     return dict(TINY)
+
+
+@pytest.fixture(params=['baseline', 'avx2', 'avx512'])
+def target(request):
+    """Each instruction set of the compiled kernels that this processor has."""
+    if not native.set_target(request.param):
+        pytest.skip(f'this processor has no {request.param}')
+    yield request.param
+    native.set_target(None)
 
 
 def shared(*parts: str) -> Path:

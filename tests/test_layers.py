@@ -10,16 +10,6 @@ from ppsr.ops import layers, native, use_backend
 from ppsr.ops.layers import Similarity
 
 needs_native = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
-TARGETS = ['baseline', 'avx2', 'avx512']
-
-
-@pytest.fixture(params=TARGETS)
-def target(request):
-    """Each instruction set that this processor has."""
-    if not native.set_target(request.param):
-        pytest.skip(f'this processor has no {request.param}')
-    yield request.param
-    native.set_target(None)
 
 
 def random(*shape, seed=0):

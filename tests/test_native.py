@@ -18,8 +18,6 @@ if native.unavailable_reason():
 from ppsr.ops.category_attention import native as category_native
 from ppsr.ops.window_attention import native as window_native
 
-TARGETS = ['baseline', 'avx2', 'avx512']
-
 # ws, (H, W), shift, heads, head dim, B
 WINDOWS = [
     pytest.param(4, (8, 12), 0, 2, 12, 2, id='ws4-12x8-dim12-batch2'),
@@ -42,15 +40,6 @@ CATEGORIES = [
     pytest.param(20, 2, 12, 8, 4, [1.0], False, id='all-pure-zero-compensation'),
     pytest.param(40, 2, 12, 1, 4, [0.2], True, id='groups-of-one'),
 ]
-
-
-@pytest.fixture(params=TARGETS)
-def target(request):
-    """Each instruction set that this processor has."""
-    if not native.set_target(request.param):
-        pytest.skip(f'this processor has no {request.param}')
-    yield request.param
-    native.set_target(None)
 
 
 @pytest.fixture
