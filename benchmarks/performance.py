@@ -28,7 +28,7 @@ The bound is what the multiply-adds take at the speed of a large matrix product 
 array in the cache: without reading or writing anything.
 
 **No GPU timing has been measured.** The Triton kernels are tested in Triton's interpreter and compiled for sm_80 and
-sm_90 (`tests/test_triton.py`); `python benchmarks/gpu.py` is ready for whoever has a GPU.
+sm_90 (`tests/ops/test_triton.py`); `python benchmarks/gpu.py` is ready for whoever has a GPU.
 
 """
 

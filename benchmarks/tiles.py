@@ -12,7 +12,7 @@ from common import as_image, image_pairs
 
 import ppsr  # noqa: F401, registers the archs
 from ppsr.pictures.compare import psnr_ssim
-from ppsr.pictures.tiling import tiled_forward
+from ppsr.tiling import tiled_forward
 from ppsr.weights import load_model
 
 

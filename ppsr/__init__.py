@@ -13,7 +13,7 @@ compat.apply()  # before anything of basicsr
 import ppsr.archs  # noqa: E402
 import ppsr.data  # noqa: E402
 import ppsr.models  # noqa: E402, F401
-from ppsr.pure_pass import PurePass  # noqa: E402
+from ppsr.masks.pure_pass import PurePass  # noqa: E402
 from ppsr.version import __version__  # noqa: E402
 
 __all__ = ['PurePass', 'Upscaler', '__version__', 'load_model']

@@ -25,8 +25,8 @@ def run_demo() -> signal.Signals | None:
         UserError: not in a clone, or scikit-image's photographs are not there.
     """
     from ppsr.data.demo import make_demo_data
-    from ppsr.test import test_pipeline
-    from ppsr.train import train_pipeline
+    from ppsr.training.test import test_pipeline
+    from ppsr.training.train import train_pipeline
     from ppsr.weights import resolve
 
     if not OPTIONS.is_file():
@@ -72,7 +72,7 @@ def _say(step: int, text: str) -> None:
 def _options(name: str, weights: Path | None) -> dict:
     """Options of the training (no weights given), or of a test of these weights on the validation set."""
     from ppsr.data.checks import check_datasets
-    from ppsr.options import load_options
+    from ppsr.training.options import load_options
 
     force = []
     if weights is not None:
@@ -99,9 +99,9 @@ def _bicubic(dataset: dict, opt: dict) -> dict[str, float]:
 def _draw(dataset: dict, enlarged: Path) -> Path:
     """An overlay of the mask and a comparison for every picture, beside the enlarged ones."""
     from ppsr.data.bicubic import imresize_bicubic
+    from ppsr.masks.pure_pass import PurePass
     from ppsr.pictures.imageio import read_picture, write_file
     from ppsr.pictures.visualize import comparison, mask_overlay, network_mask, panels
-    from ppsr.pure_pass import PurePass
 
     folder = enlarged.parent / f'{dataset["name"]}_masks'
     folder.mkdir(parents=True, exist_ok=True)

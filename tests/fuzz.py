@@ -1,7 +1,7 @@
 """Random broken and unusual input of every kind a user can hand in: options, pictures, weights, tensors.
 
 A case takes a generator, makes its input, and checks what must always hold: a result of the right shape without NaN, or
-one UserError (ValueError where a Python function was called wrongly). tests/test_hostile.py runs the same cases through
+one UserError (ValueError where a Python function was called wrongly). tests/cli/test_hostile.py runs the same cases through
 hypothesis. The long run:
 
     python tests/fuzz.py --cases 10000 --seed 0            each of the kinds in turn; exit code 1 if anything was found
@@ -26,13 +26,13 @@ import imagecodecs
 import numpy as np
 import torch
 import yaml
-from conftest import TINY
 from PIL import Image
+from support import TINY
 from tiny_training import options, write_pairs
 
-from ppsr import checkpoints
 from ppsr.errors import UserError
-from ppsr.pure_pass import pure_mask
+from ppsr.masks.pure_pass import pure_mask
+from ppsr.training import checkpoints
 
 ODD_VALUES = [
     None,
@@ -113,8 +113,8 @@ def options_case(rng: random.Random) -> None:
     from basicsr.utils.options import dict2str
 
     from ppsr.data.checks import check_datasets
-    from ppsr.data.loader import TrainBatches
-    from ppsr.options import load_options
+    from ppsr.training.loader import TrainBatches
+    from ppsr.training.options import load_options
 
     opt = options(workplace(), path__pretrain_network_g=rng.choice([None, str(workplace() / 'net.pth')]))
     is_train = rng.random() < 0.8

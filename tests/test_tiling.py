@@ -8,7 +8,7 @@ from torch import nn
 
 from ppsr.archs import ATDLight, PPATDLight
 from ppsr.errors import UserError
-from ppsr.pictures.tiling import blend_weights, count_tiles, largest_tile, tile_starts, tiled_bands, tiled_forward
+from ppsr.tiling import blend_weights, count_tiles, largest_tile, tile_starts, tiled_bands, tiled_forward
 
 TINY = dict(
     upscale=2,

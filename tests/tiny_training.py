@@ -17,7 +17,8 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parent.parent
 # a process of its own for every training, forked from one that has imported everything
 _processes = multiprocessing.get_context('forkserver')
-_processes.set_forkserver_preload(['ppsr.train', 'ppsr', 'ppsr.data.loader', 'basicsr.train', 'tiny_training'])
+_modules = ['ppsr.training.train', 'ppsr', 'ppsr.training.loader', 'basicsr.train', 'tiny_training']
+_processes.set_forkserver_preload(_modules)
 
 
 def write_pairs(folder: Path, count: int, size: int = 24, scale: int = 2) -> None:

@@ -18,6 +18,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ppsr.masks.pure_pass import PurePass
 from ppsr.ops.category_attention import COMPENSATIONS, category_attention
 from ppsr.ops.category_attention import attention_macs as category_macs
 from ppsr.ops.layers import (
@@ -30,7 +31,6 @@ from ppsr.ops.layers import (
 )
 from ppsr.ops.window_attention import attention_macs as window_macs
 from ppsr.ops.window_attention import window_attention
-from ppsr.pure_pass import PurePass
 from ppsr.registry import register
 
 __all__ = ['ATDLight', 'PPATDLight']

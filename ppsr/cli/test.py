@@ -8,7 +8,7 @@ def configure(parser) -> None:
 
 
 def run(args) -> int:
-    from ppsr.test import test_pipeline
+    from ppsr.training.test import test_pipeline
 
     test_pipeline(load(args, is_train=False))
     return 0

@@ -22,8 +22,8 @@ def load(args, is_train: bool) -> dict:
     """Options of a run, with its data and its processes checked before anything is built."""
     import ppsr  # noqa: F401, registers
     from ppsr.data.checks import check_datasets
-    from ppsr.distributed import init_dist
-    from ppsr.options import load_options
+    from ppsr.training.distributed import init_dist
+    from ppsr.training.options import load_options
 
     opt = load_options(args.opt, is_train, args.force_yml, args.debug, getattr(args, 'auto_resume', False))
     check_datasets(opt)
@@ -32,8 +32,8 @@ def load(args, is_train: bool) -> dict:
 
 
 def run(args) -> int:
-    from ppsr.distributed import leave_dist
-    from ppsr.train import train_pipeline
+    from ppsr.training.distributed import leave_dist
+    from ppsr.training.train import train_pipeline
 
     opt = load(args, is_train=True)
     stopped_by = train_pipeline(opt, args.opt)

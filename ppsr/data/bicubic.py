@@ -2,7 +2,7 @@
 
 The published low-resolution images of Set5, Set14, DIV2K and the others were made by that MATLAB function. basicsr's
 own ``imresize`` computes in float and rounds once at the end, so that 10-15 % of its samples are off, by up to 2.
-What MATLAB does with uint8 images, checked against published LR images (tests/test_bicubic.py):
+What MATLAB does with uint8 images, checked against published LR images (tests/data/test_bicubic.py):
 
 - the first axis (rows) is resized, then the second one (columns);
 - the result of EACH of the two passes is rounded to uint8, halves away from zero, and clipped to [0, 255];

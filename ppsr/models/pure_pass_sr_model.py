@@ -19,12 +19,12 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from ppsr import checkpoints
 from ppsr.atomic import atomic_path
-from ppsr.distributed import any_process, from_all
 from ppsr.errors import UserError
-from ppsr.pictures.tiling import DEFAULT_OVERLAP, tiled_forward
 from ppsr.registry import register
+from ppsr.tiling import DEFAULT_OVERLAP, tiled_forward
+from ppsr.training import checkpoints
+from ppsr.training.distributed import any_process, from_all
 from ppsr.weights import load_into, read_checkpoint
 
 __all__ = ['PurePassSRModel']
@@ -53,7 +53,7 @@ class PurePassSRModel(SRModel):
     - a loss or gradient that is not finite skips the step and writes the file names of the batch to nonfinite.jsonl
       beside the log; the ``train.max_nonfinite``-th one (default 10) ends the training;
     - checkpoints written atomically, with all that a resumed training needs to go on as if it had not been interrupted
-      (:mod:`ppsr.checkpoints`); ``logger.keep_last`` of them are kept.
+      (:mod:`ppsr.training.checkpoints`); ``logger.keep_last`` of them are kept.
 
     Networks of other packages work; they have no statistics unless they offer ``macs``.
     """

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ppsr.archs.atd_light_arch import mirror_pad
 from ppsr.errors import UserError
-from ppsr.options import check_network, read_yaml
 from ppsr.paper.report import Table
+from ppsr.training.options import check_network, read_yaml
 
 __all__ = [
     'ImageCost',

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ppsr.errors import UserError
+from ppsr.masks.pure_pass import classify_pixels, window_mask
 from ppsr.paper.report import Table
-from ppsr.pure_pass import classify_pixels, window_mask
 
 __all__ = ['Share', 'grid_table', 'image_table', 'shares']
 

@@ -21,10 +21,10 @@ from ppsr.atomic import atomic_path
 from ppsr.data.benchmark import as_tensor, find_images, read_pair
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.errors import UserError
-from ppsr.options import PLAIN_NAME, read_yaml
 from ppsr.paper.complexity import build_network, count_parameters
 from ppsr.paper.measure import Cache, evaluate, file_hash, quality
 from ppsr.paper.report import Table
+from ppsr.training.options import PLAIN_NAME, read_yaml
 from ppsr.weights import load_model, save_checkpoint
 
 __all__ = ['load_study', 'patches', 'run', 'study_table']

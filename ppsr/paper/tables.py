@@ -15,11 +15,11 @@ from ppsr.atomic import atomic_path
 from ppsr.data.benchmark import BENCHMARKS, find_images, read_lq
 from ppsr.data.layout import Source
 from ppsr.errors import UserError
-from ppsr.options import read_yaml
 from ppsr.paper import complexity, plots, published
 from ppsr.paper.measure import Cache, Method, file_hash, measure
 from ppsr.paper.purity import Share, shares
 from ppsr.paper.report import Table
+from ppsr.training.options import read_yaml
 from ppsr.version import __version__
 from ppsr.weights import load_into, read_checkpoint, resolve
 

@@ -37,7 +37,7 @@ from ppsr.pictures.imageio import (
     to_pil,
     write_picture,
 )
-from ppsr.pictures.tiling import (
+from ppsr.tiling import (
     DEFAULT_OVERLAP,
     Totals,
     accumulator_bytes,

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ppsr.errors import UserError
-from ppsr.pure_pass import classify_pixels, color_centers
+from ppsr.masks.pure_pass import classify_pixels, color_centers
 
 __all__ = ['Panel', 'as_rgb', 'comparison', 'difference', 'enlarge_nearest', 'mask_overlay', 'network_mask', 'panels']
 

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppsr.ops.tiles import LN_2, LOG2_E, config, dot, load, store
+from ppsr.ops.triton_tiles import LN_2, LOG2_E, config, dot, load, store
 
 __all__ = ['backward', 'forward']
 

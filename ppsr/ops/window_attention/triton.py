@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ppsr.ops.tiles import LN_2, LOG2_E, config, dot, load, store
+from ppsr.ops.triton_tiles import LN_2, LOG2_E, config, dot, load, store
 
 __all__ = ['backward', 'forward']
 

@@ -20,9 +20,9 @@ from tiny_training import (
     write_pairs,
 )
 
-from ppsr import checkpoints
-from ppsr.distributed import init_dist
 from ppsr.errors import UserError
+from ppsr.training import checkpoints
+from ppsr.training.distributed import init_dist
 
 FOUR = dict(datasets__train__batch_size_per_gpu=4, datasets__train__dataset_enlarge_ratio=4)
 TWO = dict(datasets__train__batch_size_per_gpu=2, datasets__train__dataset_enlarge_ratio=4)

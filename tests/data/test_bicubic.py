@@ -13,7 +13,7 @@ from PIL import Image
 
 from ppsr.data.bicubic import imresize_bicubic, modcrop
 
-DATA = Path(os.environ.get('PPSR_DATA', Path(__file__).resolve().parents[2] / 'shared' / 'data'))
+DATA = Path(os.environ.get('PPSR_DATA', Path(__file__).resolve().parents[3] / 'shared' / 'data'))
 
 
 def exact_cubic(x: Fraction) -> Fraction:

@@ -9,9 +9,9 @@ from basicsr.models import build_model
 from tiny_training import options, write_options, write_pairs
 from torch.utils.data import Dataset
 
-from ppsr.data.loader import TrainBatches
 from ppsr.errors import UserError
-from ppsr.options import load_options
+from ppsr.training.loader import TrainBatches
+from ppsr.training.options import load_options
 from ppsr.weights import load_model
 
 

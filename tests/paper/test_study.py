@@ -169,7 +169,7 @@ def test_mistakes_are_named(options, capsys, entries, named):
 
 
 def test_the_shipped_study_can_be_built():
-    from conftest import REPOSITORY
+    from support import REPOSITORY
 
     opt = study.load_study(REPOSITORY / 'options' / 'study.yml')
     assert [network['type'] for network in opt['networks'].values()] == ['ATDLight', 'CAMixerATDLight', 'PPATDLight']

@@ -15,9 +15,9 @@ import pytest
 import torch
 from tiny_training import Training, assert_same_weights, options, write_options, write_pairs
 
-from ppsr import checkpoints
 from ppsr.errors import UserError
-from ppsr.stopping import StopSignals
+from ppsr.training import checkpoints
+from ppsr.training.stopping import StopSignals
 
 
 @pytest.fixture(scope='module')

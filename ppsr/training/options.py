@@ -16,7 +16,7 @@ import yaml
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 
 from ppsr.errors import UserError
-from ppsr.pictures.tiling import DEFAULT_OVERLAP, check_tiles
+from ppsr.tiling import DEFAULT_OVERLAP, check_tiles
 
 __all__ = ['check_network', 'load_options', 'network_arguments', 'read_yaml']
 
@@ -194,7 +194,7 @@ def load_options(
 
     Returns:
         The options as BasicSR's models and data sets expect them. ``dist``, ``rank`` and ``world_size`` say one
-        process; :func:`ppsr.distributed.init_dist` changes them.
+        process; :func:`ppsr.training.distributed.init_dist` changes them.
 
     Raises:
         UserError: anything wrong that can be seen without building a network or opening an image.

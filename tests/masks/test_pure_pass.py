@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppsr import PurePass
-from ppsr.pure_pass import classify_pixels, color_centers, pure_mask, window_mask
+from ppsr.masks.pure_pass import classify_pixels, color_centers, pure_mask, window_mask
 
 RED, CYAN = (1.0, 0.0, 0.0), (0.0, 1.0, 1.0)
 
@@ -173,7 +173,7 @@ def test_integers_are_refused():
 def test_doctests():
     import doctest
 
-    import ppsr.pure_pass
+    import ppsr.masks.pure_pass
 
-    results = doctest.testmod(ppsr.pure_pass, extraglobs={'torch': torch})
+    results = doctest.testmod(ppsr.masks.pure_pass, extraglobs={'torch': torch})
     assert results.attempted >= 4 and results.failed == 0

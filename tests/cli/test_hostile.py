@@ -24,14 +24,14 @@ from tiny_training import options, write_options, write_pairs
 
 from ppsr.cli import main
 from ppsr.errors import UserError
+from ppsr.masks.pure_pass import classify_pixels, pure_mask
 from ppsr.ops.category_attention import category_attention
 from ppsr.ops.dispatch import available, use_backend
 from ppsr.ops.window_attention import window_attention
-from ppsr.options import load_options
-from ppsr.pure_pass import classify_pixels, pure_mask
+from ppsr.training.options import load_options
 from ppsr.weights import read_checkpoint
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope='module', autouse=True)

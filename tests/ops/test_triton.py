@@ -294,7 +294,7 @@ def _compile(folder, op, name, dtype, head_dim, group, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ppsr.ops import tiles
+    from ppsr.ops import triton_tiles as tiles
 
     backend = importlib.import_module(f'ppsr.ops.{op}.triton')
     kernel = getattr(backend, name)

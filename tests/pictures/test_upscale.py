@@ -18,10 +18,11 @@ import torch
 from PIL import Image, ImageCms
 from torch import nn
 
+from ppsr import tiling
 from ppsr.archs import ATDLight, PPATDLight
 from ppsr.cli import main
 from ppsr.errors import UserError
-from ppsr.pictures import memory, tiling, upscaler
+from ppsr.pictures import memory, upscaler
 from ppsr.pictures.batch import STREAM, Job, plan_jobs
 from ppsr.pictures.imageio import read_picture, write_file
 from ppsr.pictures.upscaler import Upscaler, resize_bands
@@ -612,5 +613,5 @@ def test_it_works_out_of_the_box(tmp_path):
 def test_documented_examples_run():
     for module in (upscaler, tiling, memory):
         assert doctest.testmod(module).failed == 0
-    results = doctest.testfile('../docs/upscale.md')
+    results = doctest.testfile('../../docs/upscale.md')
     assert results.attempted > 4 and results.failed == 0

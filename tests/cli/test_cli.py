@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from support import REPOSITORY
 
 from ppsr.cli import COMMANDS, main
 

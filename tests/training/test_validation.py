@@ -9,7 +9,7 @@ import torch
 from basicsr.data import build_dataloader, build_dataset
 from basicsr.metrics import calculate_psnr, calculate_ssim
 from basicsr.models import build_model
-from conftest import TINY
+from support import TINY
 
 from ppsr.data.bicubic import imresize_bicubic
 

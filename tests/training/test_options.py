@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 from basicsr.archs import build_network
-from conftest import REPOSITORY
+from support import REPOSITORY
 
 from ppsr.cli import main
 from ppsr.errors import UserError
-from ppsr.options import load_options, network_arguments, read_yaml
+from ppsr.training.options import load_options, network_arguments, read_yaml
 
 # study.yml describes several trainings and is read by `ppsr study`
 SHIPPED = sorted(path for path in (REPOSITORY / 'options').rglob('*.yml') if path.name != 'study.yml')

@@ -1,19 +1,17 @@
 """ATDLight and PPATDLight against the published network, and their invariants."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from basicsr.archs import build_network
-from conftest import TINY
 from flop_counter import flop_counter
+from support import REPOSITORY, TINY
 
 from ppsr.archs import ATDLight, PPATDLight
 from ppsr.archs.atd_light_arch import mirror_pad
 from ppsr.ops import use_backend
 
-GOLDEN = Path(__file__).parent / 'golden'
+GOLDEN = REPOSITORY / 'tests' / 'golden'
 BOTH = pytest.mark.parametrize('arch', [ATDLight, PPATDLight])
 
 

@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import shared
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from support import shared
 
 from ppsr.cli import main
 from ppsr.errors import UserError
+from ppsr.masks.pure_pass import PurePass
 from ppsr.paper.purity import shares
-from ppsr.pure_pass import PurePass
 
 
 def speck(height=10, width=10, at=(0, 0)):
