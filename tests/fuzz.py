@@ -1,8 +1,8 @@
 """Random broken and unusual input of every kind a user can hand in: options, pictures, weights, tensors.
 
 A case takes a generator, makes its input, and checks what must always hold: a result of the right shape without NaN, or
-one UserError (ValueError where a Python function was called wrongly). tests/cli/test_hostile.py runs the same cases through
-hypothesis. The long run:
+one UserError (ValueError where a Python function was called wrongly). tests/cli/test_hostile.py runs the same cases
+through hypothesis. The long run:
 
     python tests/fuzz.py --cases 10000 --seed 0            each of the kinds in turn; exit code 1 if anything was found
     python tests/fuzz.py --only options --seed 0 --first 1234 --cases 1      one case again, with its traceback
