@@ -1,7 +1,12 @@
 """What the CPU benchmarks share: inputs, alternating timing, Markdown tables, a line about the machine."""
 
+import argparse
+import contextlib
+import io
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +17,7 @@ import torch
 from PIL import Image
 
 from ppsr.data.bicubic import imresize_bicubic, modcrop
+from ppsr.generated import write_section
 from ppsr.ops import use_backend
 from ppsr.pictures.imageio import read_picture
 from ppsr.pictures.visualize import as_rgb, to_tensor
@@ -24,6 +30,42 @@ def machine() -> str:
         names = [line for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')]
         model = names[0].split(':', 1)[1].strip() if names else model
     return f'{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}'
+
+
+def add_document(parser: argparse.ArgumentParser) -> None:
+    """--document FILE: write what is printed into a document, too."""
+    parser.add_argument('--document', type=Path, metavar='FILE', help='also write it into this page, as SECTION')
+    parser.add_argument('--section', metavar='NAME', help="between this section's markers (default: the script's name)")
+
+
+@contextlib.contextmanager
+def document(args: argparse.Namespace) -> Iterator[None]:
+    """What the block prints goes to standard output, and with --document between the markers of a section there."""
+    if args.document is None:
+        yield
+        return
+    script, arguments = Path(sys.argv[0]), sys.argv[1:]
+    for option in ('--document', '--section'):  # where it was written to is no part of how it was measured
+        if option in arguments:
+            del arguments[arguments.index(option) : arguments.index(option) + 2]
+    command = shlex.join(['python', f'benchmarks/{script.name}', *arguments])
+    copy = _Copy(sys.stdout)
+    with contextlib.redirect_stdout(copy):
+        yield
+    write_section(args.document, args.section or script.stem, f'`{command}` ({machine()}):\n\n{copy.getvalue()}')
+
+
+class _Copy(io.StringIO):
+    """Remembers what is written and passes it on."""
+
+    def __init__(self, stream: io.TextIOBase):
+        super().__init__()
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(text)
+        self.stream.flush()
+        return super().write(text)
 
 
 def photograph(name: str, height: int, width: int) -> torch.Tensor:

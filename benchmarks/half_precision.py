@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import as_image, image_pairs
+from common import add_document, as_image, document, image_pairs
 
 import ppsr  # noqa: F401, registers the archs
 from ppsr.pictures.compare import psnr_ssim
@@ -21,7 +21,13 @@ def main() -> None:
     parser.add_argument('--dtypes', nargs='+', default=['bfloat16', 'float16'], choices=['bfloat16', 'float16'])
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--model', help='weights file or name (default: the shipped ones)')
+    add_document(parser)
     args = parser.parse_args()
+    with document(args):
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
     net = load_model(args.model, device=args.device)
 
     def run(lq: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import as_image, image_pairs
+from common import add_document, as_image, document, image_pairs
 
 import ppsr  # noqa: F401, registers the archs
 from ppsr.pictures.compare import psnr_ssim
@@ -22,7 +22,13 @@ def main() -> None:
     parser.add_argument('--first', type=int, help='only the first N images of each folder, by name')
     parser.add_argument('--tiles', nargs='+', default=['96/32', '64/32', '64/16', '48/16'], help='TILE/OVERLAP')
     parser.add_argument('--model', help='weights file or name (default: the shipped ones)')
+    add_document(parser)
     args = parser.parse_args()
+    with document(args):
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
     net = load_model(args.model)
     settings = [(0, 0)] + [tuple(int(n) for n in text.split('/')) for text in args.tiles]
     print(

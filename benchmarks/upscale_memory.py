@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import machine, median, photograph, table
+from common import add_document, document, median, photograph, table
 from PIL import Image
 
 import ppsr  # noqa: F401, registers the archs
@@ -44,8 +44,13 @@ def main() -> None:
     parser.add_argument('--limits', nargs='+', default=['1300M', '2G'])
     parser.add_argument('--runs', type=int, default=3)
     parser.add_argument('--size', type=int, nargs=2, default=[360, 480], metavar=('H', 'W'))
+    add_document(parser)
     args = parser.parse_args()
-    print(machine(), '\n')
+    with document(args):
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:  # first, while this process is small
         source = Path(folder) / 'in.png'
