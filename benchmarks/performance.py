@@ -1,4 +1,4 @@
-"""Measures the sections of docs/performance.md: all CPU benchmarks on this machine. Takes about half an hour on 2 cores.
+"""Measures the sections of docs/performance.md: all CPU benchmarks on this machine; half an hour on 2 cores.
 
 python benchmarks/performance.py [-o docs/performance.md] [--runs 5] [--only forward training-step memory]
 """
