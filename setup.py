@@ -97,6 +97,6 @@ setup(
         'matplotlib',
         'basicsr==1.4.2',
     ],
-    extras_require={'test': ['pytest', 'pytest-timeout', 'pytest-xdist', 'hypothesis', 'ruff']},
+    extras_require={'test': ['pytest', 'pytest-timeout', 'pytest-xdist', 'hypothesis', 'ruff', 'spandrel>=0.4.2']},
     entry_points={'console_scripts': ['ppsr=ppsr.cli:main']},
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 from basicsr.utils.registry import ARCH_REGISTRY
 
 from ppsr.errors import UserError
-from ppsr.weights import guess_config, load_into, read_checkpoint, save_checkpoint
+from ppsr.weights import as_arch, guess_config, load_into, read_checkpoint, save_checkpoint
 
 __all__ = ['convert']
 
@@ -38,9 +38,7 @@ def convert(
     if key and checkpoint.key != key:
         raise UserError(f'{source} has no {key!r} weights.')
     known = checkpoint.config is not None
-    config = dict(checkpoint.config or guess_config(checkpoint.state_dict))
-    if arch is not None:
-        config['type'] = arch
+    config = as_arch(checkpoint.config or guess_config(checkpoint.state_dict), arch)
     if config['type'] not in ARCH_REGISTRY:
         raise UserError(f'{config["type"]!r} is not a registered arch; ours are ATDLight and PPATDLight.')
     if category_size is not None:
@@ -62,5 +60,6 @@ def convert(
     except (TypeError, ValueError) as error:
         raise UserError(f'{source}: {config["type"]} cannot be built with this configuration: {error}') from None
     load_into(net, checkpoint)
-    save_checkpoint(target, tensors, config, checkpoint.facts)
+    buffers = {name: value for name, value in net.state_dict().items() if name not in tensors}  # those that follow
+    save_checkpoint(target, tensors | buffers, config, checkpoint.facts)
     yield f'{target} written: {config["type"]} ×{config.get("upscale", "?")}, all keys fit'

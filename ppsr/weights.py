@@ -5,7 +5,9 @@ file) and the facts of a model card. Any BasicSR ``.pth`` is read, too, with ``w
 run code is refused.
 """
 
+import io
 import json
+import math
 import pickle
 import sys
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from ppsr.errors import UserError
 
 __all__ = [
     'Checkpoint',
+    'as_arch',
     'guess_config',
     'list_pretrained',
     'load_into',
@@ -31,7 +34,8 @@ __all__ = [
 ]
 
 DEFAULT_MODEL = 'PPATDLight_x4_cpu'
-# buffers of the published checkpoints that follow from the configuration
+# Buffers of the published checkpoints that follow from the configuration. Networks put them into their state dicts,
+# so that other programs find them in our files; reading leaves them out, and loading does not ask for them.
 DERIVABLE = ('relative_position_index_SA',)
 
 
@@ -135,19 +139,23 @@ def save_checkpoint(path: str | Path, state_dict: dict[str, Tensor], config: dic
         UserError: another suffix, or the disk refuses.
     """
     path = Path(path)
-    state = {name: value.detach().cpu().contiguous() for name, value in _clean(dict(state_dict)).items()}
+    state = {name.removeprefix('module.'): value.detach().cpu().contiguous() for name, value in state_dict.items()}
     if path.suffix not in ('.safetensors', '.pth'):
         raise UserError(f'{path}: weights are written as .safetensors or .pth, not {path.suffix or "without suffix"}.')
+    # to memory first: what a full disk then interrupts is a plain write, with an error that says so
+    if path.suffix == '.pth':
+        buffer = io.BytesIO()
+        torch.save({'params_ema': state}, buffer)
+        content = buffer.getbuffer()
+    else:
+        metadata = {'format': 'pt', 'facts': json.dumps(facts or {})}
+        if config is not None:
+            metadata['config'] = json.dumps(config)
+        content = safetensors.torch.save(state, metadata)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            if path.suffix == '.pth':
-                torch.save({'params_ema': state}, temporary)
-            else:
-                metadata = {'format': 'pt', 'facts': json.dumps(facts or {})}
-                if config is not None:
-                    metadata['config'] = json.dumps(config)
-                safetensors.torch.save_file(state, temporary, metadata)
+            temporary.write_bytes(content)
     except OSError as e:
         raise UserError(f'{path}: cannot be written ({e.strerror or e}).') from e
 
@@ -164,7 +172,7 @@ def load_into(net: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> li
     Raises:
         UserError: strict, and keys are missing, unexpected or of another shape; the keys are named.
     """
-    own, given = net.state_dict(), checkpoint.state_dict
+    own, given = _clean(net.state_dict()), checkpoint.state_dict
     shapes = [
         f'{name} is {tuple(given[name].shape)} in the file and {tuple(own[name].shape)} in the network'
         for name in own
@@ -224,10 +232,26 @@ def guess_config(state_dict: dict[str, Tensor], arch: str = 'ATDLight') -> dict:
             'num_tokens': state_dict['layers.0.residual_group.td'].shape[0],
             'reducted_dim': state_dict[first + 'attn_atd.wq.weight'].shape[0],
             'convffn_kernel_size': state_dict[first + 'convffn.dwconv.depthwise_conv.0.weight'].shape[-1],
-            'mlp_ratio': state_dict[first + 'convffn.fc1.weight'].shape[0] / embed_dim,
+            'mlp_ratio': _mlp_ratio(state_dict[first + 'convffn.fc1.weight'].shape[0], embed_dim),
         }
     except (KeyError, IndexError, ZeroDivisionError) as e:
         raise UserError(f'these weights are not those of an ATD-light network (no {e}); give its configuration.') from e
+
+
+def _mlp_ratio(hidden: int, dim: int) -> float:
+    """The ratio r with int(dim · r) == hidden: 123 / 60 is 2.05, and 60 · 2.05 is 122.99999999999999."""
+    ratio = hidden / dim
+    while int(dim * ratio) < hidden:
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
+
+
+def as_arch(config: dict, arch: str | None) -> dict:
+    """The configuration with another arch: without the settings of Pure-Pass where that one has none."""
+    config = config | {'type': arch or config['type']}
+    if config['type'] in ('ATDLight', 'CAMixerATDLight'):
+        config = {name: value for name, value in config.items() if not name.startswith('pp_')}
+    return config
 
 
 def _pretrained_folders() -> list[Path]:
@@ -249,16 +273,19 @@ def list_pretrained() -> dict[str, Path]:
 def resolve(path_or_name: str | Path | None = None) -> Path:
     """Path of a weight file, given by path or by the name of shipped weights; None is the default of these.
 
+    What has neither a separator nor an ending is a name: shipped weights cannot be replaced by a file of that name in
+    the working folder (``./NAME`` means the file).
+
     Raises:
         UserError: neither a file nor a name that is shipped.
     """
-    name = DEFAULT_MODEL if path_or_name is None else path_or_name
+    name, shipped = str(DEFAULT_MODEL if path_or_name is None else path_or_name), list_pretrained()
+    if name in shipped:
+        return shipped[name]
     if Path(name).is_file():
         return Path(name)
-    shipped = list_pretrained()
-    if str(name) in shipped:
-        return shipped[str(name)]
-    raise UserError(f'{name}: neither a weight file nor a shipped model ({", ".join(shipped) or "none is shipped"}).')
+    there = f'the shipped weights are called {", ".join(shipped)}' if shipped else 'none are shipped'
+    raise UserError(f'{name}: no such weight file, and {there}.')
 
 
 def load_model(
@@ -283,14 +310,11 @@ def load_model(
     from basicsr.utils.registry import ARCH_REGISTRY
 
     checkpoint = read_checkpoint(resolve(path_or_name))
-    config = dict(checkpoint.config or guess_config(checkpoint.state_dict))
-    config['type'] = arch or config['type']
+    config = as_arch(checkpoint.config or guess_config(checkpoint.state_dict), arch)
     if not pure_pass and config['type'] == 'PPATDLight':
-        config['type'] = 'ATDLight'
+        config = as_arch(config, 'ATDLight')
     if config['type'] not in ARCH_REGISTRY:
         raise UserError(f'{config["type"]!r} is not a registered arch.')
-    if config['type'] != 'PPATDLight':
-        config = {name: value for name, value in config.items() if not name.startswith('pp_')}
     try:
         net = ARCH_REGISTRY.get(config.pop('type'))(**config)
     except (TypeError, ValueError) as e:

@@ -1,9 +1,12 @@
 """Weight files: there and back, and what is refused."""
 
+import contextlib
 import os
 import pickle
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from ppsr.archs import ATDLight, PPATDLight
@@ -24,6 +27,7 @@ def plain(tmp_path, tiny):
 
 
 def same(a, b):
+    a, b = ({k: v for k, v in state.items() if k != 'relative_position_index_SA'} for state in (a, b))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -63,6 +67,37 @@ def test_key_and_facts(tmp_path, plain, tiny):
     assert read_checkpoint(tmp_path / 'y.safetensors').facts == {'iterations': 1600}
     with pytest.raises(UserError, match="no 'params'"):
         list(convert(target, tmp_path / 'z.pth', key='params'))
+
+
+def test_pure_pass_weights_become_plain_and_portable(tmp_path, tiny):
+    """`--arch ATDLight` records no setting of Pure-Pass; an old file without the published buffer gains it."""
+    state = PPATDLight(**tiny).state_dict()
+    del state['relative_position_index_SA']
+    half = {name: value.half() for name, value in state.items()}
+    source, target = tmp_path / 'pp.safetensors', tmp_path / 'atd.safetensors'
+    save_checkpoint(source, half, {'type': 'PPATDLight', **tiny, 'pp_num_centers': 6, 'pp_fuse': False})
+    assert main(['convert', '-i', str(source), '-o', str(target), '--arch', 'ATDLight']) == 0
+    found = read_checkpoint(target)
+    assert found.config == {'type': 'ATDLight', **tiny} and same(found.state_dict, half)
+    assert type(load_model(target)) is ATDLight
+    assert 'relative_position_index_SA' in safetensors.torch.load_file(target)
+    assert main(['convert', '-i', str(target), '-o', str(tmp_path / 'back.safetensors'), '--arch', 'PPATDLight']) == 0
+    assert type(load_model(tmp_path / 'back.safetensors')) is PPATDLight
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_a_full_disk_is_one_sentence(tmp_path, plain, capsys, monkeypatch, suffix):
+    import ppsr.weights
+
+    @contextlib.contextmanager
+    def full_disk(path):
+        yield Path('/dev/full')
+
+    monkeypatch.setattr(ppsr.weights, 'atomic_path', full_disk)
+    target = tmp_path / f'x{suffix}'
+    assert main(['convert', '-i', str(plain), '-o', str(target)]) == 2
+    assert 'cannot be written (No space left on device)' in capsys.readouterr().err and not target.exists()
 
 
 class Evil:

@@ -2,10 +2,12 @@
 
 import pickle
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import safetensors
 import torch
+from support import TINY
 
 from ppsr.archs import ATDLight, PPATDLight
 from ppsr.errors import UserError
@@ -25,8 +27,10 @@ def net(tiny):
     return PPATDLight(**tiny, pp_num_centers=6)
 
 
-def equal(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def equal(found: dict, state: dict) -> bool:
+    """What was read is what the network holds, but for the table that follows from its window size."""
+    state = {name: value for name, value in state.items() if name != 'relative_position_index_SA'}
+    return found.keys() == state.keys() and all(torch.equal(found[k], state[k]) for k in found)
 
 
 def test_safetensors_carry_configuration_and_facts(tmp_path, net, tiny):
@@ -61,12 +65,44 @@ def test_which_key_is_taken(tmp_path):
     assert read_checkpoint(path).key == '' and read_checkpoint(path).state_dict['x'] == 2
 
 
-def test_derivable_buffers_are_dropped(tmp_path, net):
-    published = net.state_dict() | {'relative_position_index_SA': torch.zeros(64, 64, dtype=torch.long)}
-    torch.save({'params_ema': published}, tmp_path / 'x.pth')
-    assert equal(read_checkpoint(tmp_path / 'x.pth').state_dict, net.state_dict())
-    save_checkpoint(tmp_path / 'y.pth', published)
-    assert 'relative_position_index_SA' not in torch.load(tmp_path / 'y.pth')['params_ema']
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_the_published_buffer_is_written_and_not_asked_for(tmp_path, net, suffix):
+    """The published code registers it and loads strictly; files without it, as ours once were, load strictly here."""
+    path, window = tmp_path / f'x{suffix}', 8
+    save_checkpoint(path, net.state_dict())
+    raw = torch.load(path)['params_ema'] if suffix == '.pth' else safetensors.torch.load_file(path)
+    expected = torch.empty(window**2, window**2, dtype=torch.long)
+    for i in range(window**2):
+        for j in range(window**2):
+            down, right = i // window - j // window, i % window - j % window
+            expected[i, j] = (down + window - 1) * (2 * window - 1) + right + window - 1
+    assert torch.equal(raw['relative_position_index_SA'], expected)
+    assert equal(read_checkpoint(path).state_dict, net.state_dict())
+    for state in (raw, read_checkpoint(path).state_dict):
+        PPATDLight(**TINY).load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize('scale', [2, 3, 4])
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_spandrel_takes_what_is_written_and_gives_the_same(tmp_path, monkeypatch, scale, suffix):
+    """chaiNNer, ComfyUI and others load weights with it. In float64, since a near-tie of categories may flip in
+    float32, and with a stable sort there as here: its own leaves the order within a category to chance."""
+    spandrel = pytest.importorskip('spandrel')
+    sort = torch.sort
+    monkeypatch.setattr(torch, 'sort', lambda x, dim=-1, stable=False: sort(x, dim=dim, stable=True))
+    config = dict(depths=[2], num_heads=[4], upscale=scale, category_size=128)  # else it guesses another category_size
+    net = PPATDLight(**config).eval()
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    save_checkpoint(tmp_path / f'x{suffix}', net.state_dict(), {'type': 'PPATDLight', **config})
+    theirs = spandrel.ModelLoader(device='cpu').load_from_file(tmp_path / f'x{suffix}')
+    assert (theirs.architecture.id, theirs.scale) == ('ATD', scale) and 'light' in theirs.tags
+    ours = load_model(tmp_path / f'x{suffix}', pure_pass=False, dtype=torch.float64)
+    lq = torch.rand(1, 3, 20, 37, dtype=torch.float64)
+    with torch.inference_mode():
+        found, expected = ours(lq), theirs.model.double().eval()(lq)
+    assert found.std() > 0.05
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
 
 
 def test_configuration_is_guessed_from_the_shapes(net, tiny):
@@ -74,6 +110,27 @@ def test_configuration_is_guessed_from_the_shapes(net, tiny):
     assert config == {'type': 'ATDLight', **tiny, 'category_size': 128, 'mlp_ratio': 1.0}
     with pytest.raises(UserError, match='not those of an ATD-light network'):
         guess_config({'conv.weight': torch.zeros(3)})
+
+
+@pytest.mark.parametrize('dim, hidden', [(60, 123), (48, 48), (60, 1), (7, 1023)])
+def test_the_guessed_ratio_gives_the_hidden_width(tiny, dim, hidden):
+    """60 · (123 / 60) is 122.99999999999999."""
+    state = ATDLight(**tiny | dict(embed_dim=dim, num_heads=[1, 1], mlp_ratio=(hidden + 0.5) / dim)).state_dict()
+    net = ATDLight(**{name: value for name, value in guess_config(state).items() if name != 'type'})
+    assert net.layers[0].residual_group.layers[0].convffn.fc1.out_features == hidden
+    net.load_state_dict(state)
+
+
+def test_a_file_of_the_shipped_name_is_taken_by_its_path_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = 'PPATDLight_x4_cpu'
+    (tmp_path / name).write_text('nothing')
+    (tmp_path / 'other').write_text('nothing')
+    assert resolve(name) == resolve() == list_pretrained()[name]
+    assert resolve(f'./{name}').samefile(tmp_path / name) and resolve(tmp_path / name) == tmp_path / name
+    assert resolve('other').samefile(tmp_path / 'other')
+    with pytest.raises(UserError, match=f'no such weight file, and the shipped weights are called {name}'):
+        resolve(f'{name}.safetensors')
 
 
 class Evil:
@@ -152,10 +209,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, net, monkeypatch):
     def full(*args):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(safetensors.torch, 'save_file', full)
+    monkeypatch.setattr(Path, 'write_bytes', full)
     with pytest.raises(UserError, match='No space left'):
         save_checkpoint(path, {'x': torch.ones(1)})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
     with pytest.raises(UserError, match='.safetensors or .pth'):
         save_checkpoint(tmp_path / 'a.bin', {})
 

@@ -38,6 +38,8 @@ __all__ = ['ATDLight', 'PPATDLight']
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K
 MAX_LOGIT_SCALE = math.log(100)
 
+PUBLISHED_BUFFER = 'relative_position_index_SA'
+
 # Multiply-adds of a network by part. One convention everywhere (docs/flops.md): each product of a matrix product or a
 # convolution counts once, the input is padded as the network pads it, every executed operator counts.
 PARTS = ('shallow', 'qkv', 'window', 'dictionary', 'category', 'ffn', 'convolutions', 'upsampler')
@@ -238,6 +240,19 @@ class PatchEmbed(nn.Module):
         return self.norm(x)
 
 
+def relative_position_index(window_size: int) -> Tensor:
+    """Row of the relative position bias table for each query and key of a window.
+
+    Returns:
+        (S, S) int64 for the S = window_size² tokens of a window: query (y, x) and key (y', x') use the row
+        (y − y' + w − 1)·(2w − 1) + x − x' + w − 1.
+    """
+    line = torch.arange(window_size)
+    y, x = (part.flatten() for part in torch.meshgrid(line, line, indexing='ij'))
+    down, right = (part[:, None] - part[None, :] + window_size - 1 for part in (y, x))
+    return down * (2 * window_size - 1) + right
+
+
 def mirror_pad(x: Tensor, multiple: int) -> Tensor:
     """Pad (B, C, H, W) at the bottom and right to a multiple, mirrored with the edge pixel repeated (as published)."""
 
@@ -405,9 +420,14 @@ class ATDLight(nn.Module):
             macs['ffn'] += total * hidden * (2 * c + kernel**2)
         return macs
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        # the published code and spandrel keep this table as a buffer and ask for it; here it is not needed to compute
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + PUBLISHED_BUFFER] = relative_position_index(self.window_size)
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # the published checkpoints carry this table; it follows from window_size, so ours do not
-        state_dict.pop(prefix + 'relative_position_index_SA', None)
+        # it follows from window_size: files with and without it load strictly
+        state_dict.pop(prefix + PUBLISHED_BUFFER, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -25,7 +25,7 @@ from ppsr.registry import register
 from ppsr.tiling import DEFAULT_OVERLAP, tiled_forward
 from ppsr.training import checkpoints
 from ppsr.training.distributed import any_process, from_all
-from ppsr.weights import load_into, read_checkpoint
+from ppsr.weights import load_into, read_checkpoint, resolve
 
 __all__ = ['PurePassSRModel']
 
@@ -103,7 +103,7 @@ class PurePassSRModel(SRModel):
         return getattr(torch.optim, optim_type)(params, lr, **kwargs)
 
     def load_network(self, net, load_path, strict=True, param_key='params_ema'):
-        checkpoint = read_checkpoint(load_path, param_key)
+        checkpoint = read_checkpoint(resolve(load_path), param_key)
         net = self.get_bare_model(net)
         left_out = load_into(net, checkpoint, strict)
         logger = get_root_logger()

@@ -50,10 +50,12 @@ def test_parameters_are_counted_as_published():
 
 
 @BOTH
-def test_own_checkpoints_hold_no_derivable_buffer(arch, tiny):
+def test_own_checkpoints_hold_the_names_and_the_buffer_of_the_published(arch, tiny):
     weights, _, _ = golden('tiny_x2')
-    assert set(arch(**tiny).state_dict()) == set(weights) - {'relative_position_index_SA'}
-    assert 'relative_position_index_SA' in weights
+    state = arch(**tiny).state_dict()
+    assert set(state) == set(weights)
+    buffer = 'relative_position_index_SA'
+    assert torch.equal(state[buffer], torch.as_tensor(weights[buffer])) and state[buffer].dtype == torch.int64
 
 
 def test_defaults_are_the_published_option_file():

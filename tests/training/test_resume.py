@@ -221,9 +221,9 @@ def test_full_disk_stops_with_a_sentence_and_old_checkpoints_whole(data, tmp_pat
 
 
 def test_really_full_disk(data, tmp_path):
-    """On a file system of 300 KiB, which only root can make."""
+    """On a file system of 400 KiB, which only root can make."""
     (tmp_path / 'experiments').mkdir()
-    mount = ['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', str(tmp_path / 'experiments')]
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=400k', 'tmpfs', str(tmp_path / 'experiments')]
     if shutil.which('mount') is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip('no file system of its own can be mounted here')
     try:
