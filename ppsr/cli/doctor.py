@@ -70,9 +70,10 @@ def run(args) -> int:
     automatic = dispatch.choose(torch.empty(0))
     for name in dispatch.BACKENDS:
         reason = dispatch.available(name)
-        chosen = f' ({native.target()})' if name == 'native' and reason is None else ''
-        chosen += ', taken for float32 on the CPU' if name == automatic else ''
+        chosen = ', taken for float32 on the CPU' if name == automatic else ''
         print(f'  {name:14} ' + (f'not usable: {reason}' if reason else f'ok{chosen}'))
+        if name == 'native' and reason is None:
+            print(f'  {"":14} instruction set {native.target()}, of {", ".join(native.targets())} on this processor')
     print(f'  C compiler     {shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or "none found"}')
 
     print('Known breakages of basicsr 1.4.2')

@@ -9,6 +9,7 @@ import pytest
 from support import REPOSITORY
 
 from ppsr.cli import COMMANDS, main
+from ppsr.ops import native
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -43,6 +44,8 @@ def test_doctor_finds_this_installation_well(capsys):
         'PPATDLight_x4_cpu',
     ):
         assert word in text, word
+    if native.unavailable_reason() is None:
+        assert f'instruction set {native.target()}, of {", ".join(native.targets())} on this processor' in text
     assert text.endswith('All well.\n')
 
 

@@ -1,5 +1,7 @@
 """What stands between the self-attentions: the compiled kernels against the PyTorch definition in float64."""
 
+import math
+
 import pytest
 import torch
 from flop_counter import flop_counter
@@ -66,9 +68,16 @@ def test_linear_add(target, n, channels, width, added):
 
 @needs_native
 def test_gelu(target):
-    """Within 2.5e-7 of max(1, |x|) everywhere, 0 far below, and what is not finite as in PyTorch."""
-    x = torch.linspace(-12, 12, 96001, dtype=torch.float64)[:, None]
-    special = torch.tensor([[float('inf')], [-float('inf')], [float('nan')], [-1e30], [1e30], [-0.0]])
+    """Within 2.5e-7 of max(1, |x|) of x·Φ(x) everywhere, and 0 far below. What is not finite stays visible: −∞ is −∞·0.
+
+    The definition is computed here: PyTorch's own GELU of ±∞ depends on the processor.
+    """
+
+    def definition(x):
+        return torch.tensor([[value * math.erfc(-value / math.sqrt(2)) / 2] for value in x.flatten().tolist()])
+
+    x = torch.linspace(-12, 12, 24001)[:, None]
+    special = torch.tensor([[math.inf], [-math.inf], [math.nan], [-1e30], [1e30], [-0.0]])
     one = nn.Linear(1, 1)
     with torch.no_grad(), use_backend('native'):
         one.weight.fill_(1), one.bias.zero_()
@@ -77,10 +86,13 @@ def test_gelu(target):
         def gelu(x):
             return torch.ops.ppsr.linear(x, [], norm.eps, [one.weight], [one.bias], [], True)[0]
 
-        actual, expected = gelu(x.float()), nn.functional.gelu(x.float().double())
-        assert ((actual - expected).abs() <= 2.5e-7 * x.abs().clamp(min=1)).all()
+        actual = gelu(x)
+        assert ((actual.double() - definition(x.double())).abs() <= 2.5e-7 * x.abs().clamp(min=1)).all()
         assert (actual[x < -5.6] == 0).all()
-        assert torch.allclose(gelu(special), nn.functional.gelu(special), rtol=2.5e-7, equal_nan=True)
+        assert definition(special).flatten().tolist() == pytest.approx(
+            [math.inf, math.nan, math.nan, 0, 1e30, 0], nan_ok=True
+        )
+        assert torch.allclose(gelu(special), definition(special), rtol=2.5e-7, equal_nan=True)
 
 
 # channels, kernel, map: narrower than the kernel, broken vectors, several strips of columns
@@ -140,7 +152,7 @@ def test_refinement_of_nearly_equal_tokens(target, spread):
 
 
 @needs_native
-def test_refinement_of_many_equal_tokens():
+def test_refinement_of_many_equal_tokens(target):
     """A flat image: sums over very many tokens do not drift; nor do they where the first token is unlike the others."""
     n = 300_000
     q, x = torch.ones(1, n, 2, dtype=torch.float64), torch.full((1, n, 16), 0.3, dtype=torch.float64)
@@ -181,29 +193,23 @@ def test_threads_and_batch(target, threads):
 
 
 @needs_native
-def test_nan_stays_visible():
-    """As in PyTorch: a NaN reaches everything that depends on it, and nothing else."""
+def test_nan_stays_visible(target):
+    """A NaN reaches everything that depends on it, and nothing else."""
     linear, conv = nn.Linear(48, 48), nn.Conv2d(48, 48, 3, padding=1, groups=48)
     x, u = torch.zeros(1, 100, 48), torch.zeros(1, 9, 9, 48)
     x[0, 50, 7] = u[0, 4, 4, 20] = float('nan')
     q, k, v = torch.ones(1, 100, 8), torch.ones(1, 6, 8), torch.ones(1, 6, 48)
     q[0, 33] = float('nan')
-    results = []
-    for backend in ('native', 'torch'):
-        with torch.no_grad(), use_backend(backend):
-            out, _, similarity = layers.dictionary_attention(q, k, v)
-            results.append(
-                [
-                    layers.linear_add(x, linear).isnan(),
-                    layers.norm_linear(x, nn.LayerNorm(48), linear, gelu=True)[0].isnan(),
-                    layers.depthwise_mix(u, conv).isnan(),
-                    out.isnan(),
-                    layers.dictionary_refinement(similarity, x, nn.InstanceNorm1d(6, affine=True)).isnan(),
-                ]
-            )
-    for actual, expected in zip(*results):
-        assert torch.equal(actual, expected)
-        assert actual.any()
+    token, neighbours, asked = (torch.zeros(shape, dtype=torch.bool) for shape in (x.shape, u.shape, (1, 100, 48)))
+    token[:, 50] = neighbours[0, 3:6, 3:6, 20] = asked[:, 33] = True
+    with torch.no_grad(), use_backend('native'):
+        out, _, similarity = layers.dictionary_attention(q, k, v)
+        refined = layers.dictionary_refinement(similarity, x, nn.InstanceNorm1d(6, affine=True))
+        assert torch.equal(layers.linear_add(x, linear).isnan(), token)
+        assert torch.equal(layers.norm_linear(x, nn.LayerNorm(48), linear, gelu=True)[0].isnan(), token)
+        assert torch.equal(layers.depthwise_mix(u, conv).isnan(), neighbours)
+        assert torch.equal(out.isnan(), asked)
+        assert refined.isnan().all()  # every entry is a mean over all tokens
 
 
 @needs_native
@@ -224,7 +230,7 @@ def test_nan_in_the_dictionary(target, where):
 
 
 @needs_native
-def test_memory_of_any_layout():
+def test_memory_of_any_layout(target):
     """Inputs that are views: another order of dimensions, a start anywhere in memory."""
 
     def odd(*shape):  # contiguous, but aligned to 4 bytes only

@@ -1,5 +1,6 @@
 """The compiled CPU kernels against the float64 definition, and the properties that a user relies on."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def test_categories_of_any_integer_type_and_size(dtype):
     torch.testing.assert_close(out, expected[0])
 
 
-def test_gradients_through_autograd_agree_with_finite_differences():
+def test_gradients_through_autograd_agree_with_finite_differences(target):
     qkv, table, grad = window_inputs(4, (4, 8), 2, 3, 1)
     category = torch.arange(32).remainder(5)[None]
     scale, mask = torch.tensor([0.8]), torch.arange(32)[None].remainder(7) == 0
@@ -173,7 +174,7 @@ def test_not_contiguous_inputs_give_the_same():
         assert torch.equal(a, b)
 
 
-def test_same_bits_every_time_and_for_any_number_of_threads(threads):
+def test_same_bits_every_time_and_for_any_number_of_threads(target, threads):
     window = window_inputs(8, (24, 40), 4, 12, 2)
     tokens = category_inputs(1000, 4, 12, 20, [0.3, 0.0])
     runs = []
@@ -186,7 +187,7 @@ def test_same_bits_every_time_and_for_any_number_of_threads(threads):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run))
 
 
-def test_an_image_in_a_batch_is_the_image_alone():
+def test_an_image_in_a_batch_is_the_image_alone(target):
     qkv, table, grad = window_inputs(8, (16, 24), 4, 12, 3)
     together = run_windows(window_native, qkv, table, grad, 4, 8, 4)
     for b in range(3):
@@ -200,7 +201,7 @@ def test_an_image_in_a_batch_is_the_image_alone():
         assert all(torch.equal(a[0], t[b]) for a, t in zip(alone[:5], together[:5]))
 
 
-def test_pure_tokens_do_not_reach_the_others():
+def test_pure_tokens_do_not_reach_the_others(target):
     qkv, category, mask, scale, _ = category_inputs(80, 2, 12, 6, [0.5])
     out = category_native.forward(qkv, category, mask, scale, 2, 16, True)[0]
     spoiled = torch.where(mask[..., None], torch.tensor(float('nan')), qkv)
@@ -233,24 +234,57 @@ def test_exponential_within_two_ulp(target):
     assert np.isnan(special[6:]).all()
 
 
-@pytest.mark.parametrize('where', ['q', 'k', 'v'])
+def windows_by_definition(qkv, table, grad, heads, ws):
+    """The formulas in NumPy, whose arithmetic with what is not finite is that of IEEE 754; as `run_windows`, no lse."""
+    maps = qkv[0].double().numpy(), grad[0].double().numpy()
+    table, side = table.double().numpy(), np.arange(ws)
+    offset = side[:, None] - side + ws - 1
+    index = (offset[:, None, :, None] * (2 * ws - 1) + offset[None, :, None, :]).reshape(ws * ws, ws * ws)
+    out, grad_qkv, grad_table = np.zeros_like(maps[1]), np.zeros_like(maps[0]), np.zeros_like(table)
+    height, width, channels = out.shape
+    dim = channels // heads
+    for y, x, h in itertools.product(range(0, height, ws), range(0, width, ws), range(heads)):
+
+        def rows(map_, part=0, y=y, x=x, h=h):
+            return map_[y : y + ws, x : x + ws, part * channels + h * dim : part * channels + (h + 1) * dim]
+
+        q, k, v = (rows(maps[0], part).reshape(-1, dim) for part in range(3))
+        do = rows(maps[1]).reshape(-1, dim)
+        logits = np.einsum('qd,kd->qk', q, k) * dim**-0.5 + table[index, h]
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        o = np.einsum('qk,kd->qd', p, v)
+        ds = p * (np.einsum('qd,kd->qk', do, v) - (do * o).sum(1, keepdims=True))
+        grads = np.einsum('qk,kd->qd', ds, k), np.einsum('qk,qd->kd', ds, q), np.einsum('qk,qd->kd', p, do)
+        for part, (g, scale) in enumerate(zip(grads, (dim**-0.5, dim**-0.5, 1))):
+            rows(grad_qkv, part)[:] = (g * scale).reshape(ws, ws, dim)
+        rows(out)[:] = o.reshape(ws, ws, dim)
+        np.add.at(grad_table[:, h], index, ds)
+    return (torch.from_numpy(result) for result in (out[None], grad_qkv[None], grad_table))
+
+
+@pytest.mark.filterwarnings('ignore:invalid value encountered')
+@pytest.mark.parametrize('where', ['q', 'k', 'v', None])
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), float('-inf')])
-def test_nan_and_infinity_go_where_they_go_in_pytorch(target, value, where):
+def test_nan_and_infinity_go_where_the_formulas_send_them(target, value, where):
     qkv, table, grad = window_inputs(4, (8, 8), 2, 4, 1)
-    qkv[0, 2, 5, 'qkv'.index(where) * 8 + 5] = value  # second head, second window
-    actual, expected = (run_windows(m, qkv, table, grad, 2, 4, 0) for m in (window_native, window_reference))
-    for name, a, e in zip(('out', 'grad_qkv', 'grad_table'), actual[:1] + actual[2:], expected[:1] + expected[2:]):
-        assert e.isnan().any() or e.isinf().any()
+    if where:
+        qkv[0, 2, 5, 'qkv'.index(where) * 8 + 5] = value  # second head, second window
+    actual = run_windows(window_native, qkv, table, grad, 2, 4, 0)
+    expected = windows_by_definition(qkv, table, grad, 2, 4)
+    for name, a, e in zip(('out', 'grad_qkv', 'grad_table'), actual[:1] + actual[2:], expected):
+        assert e.isfinite().all() == (where is None)
         assert torch.equal(a.isfinite(), e.isfinite()), name
-        torch.testing.assert_close(a[a.isfinite()], e[a.isfinite()], msg=name, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a[a.isfinite()].double(), e[a.isfinite()], msg=name, rtol=1e-4, atol=1e-4)
 
 
 def test_a_bias_of_minus_infinity_masks_a_pair(target):
     qkv, table, grad = window_inputs(4, (4, 4), 1, 4, 1)
     table[:24] = float('-inf')  # no key above and none to the right in a row above: the first query keeps the others
-    actual, expected = (run_windows(m, qkv, table, grad, 1, 4, 0) for m in (window_native, window_reference))
+    actual = run_windows(window_native, qkv, table, grad, 1, 4, 0)
+    expected = run_windows(window_reference, *(x.double() for x in (qkv, table, grad)), 1, 4, 0)
     for name, a, e in zip(('out', 'lse', 'grad_qkv', 'grad_table'), actual, expected):
-        torch.testing.assert_close(a, e, msg=name, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.double(), e, msg=name, rtol=1e-4, atol=1e-5)
 
 
 def test_large_logits_neither_overflow_nor_slow_down_into_denormals(target):
@@ -276,7 +310,20 @@ def test_the_automatic_choice_on_the_cpu_is_native():
         assert dispatch.choose(torch.zeros(1, dtype=torch.float64)) != 'native'
 
 
-def test_empty_inputs():
+def test_the_best_instruction_set_is_taken_and_absent_ones_are_refused():
+    have = native.targets()
+    assert have[-1] == 'baseline'
+    assert native.target() == have[0]
+    try:
+        for name in ('avx512', 'avx2', 'baseline', 'sse9'):
+            assert native.set_target(name) == (name in have)
+            assert native.target() == name or name not in have
+    finally:
+        assert native.set_target(None)
+    assert native.target() == have[0]
+
+
+def test_empty_inputs(target):
     for size in ((0, 8), (8, 0)):
         qkv, table, grad = window_inputs(4, size, 2, 3, 1)
         out, _, grad_qkv, grad_table = run_windows(window_native, qkv, table, grad, 2, 4, 1)

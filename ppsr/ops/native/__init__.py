@@ -10,13 +10,14 @@ the GIL. Where there was no C compiler the library is missing, and the ``torch``
 
 import ctypes
 import functools
+import itertools
 import sys
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 
-__all__ = ['call', 'library', 'set_target', 'target', 'unavailable_reason']
+__all__ = ['call', 'library', 'set_target', 'target', 'targets', 'unavailable_reason']
 
 LIBRARY = Path(__file__).with_name('libppsr.so')
 
@@ -64,7 +65,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             getattr(lib, name).restype = c_int
     except (OSError, AttributeError) as error:
         return None, f'the compiled kernels cannot be loaded ({error}); reinstall ppsr'
-    lib.ppsr_target.restype = c_char_p
+    lib.ppsr_target.restype = lib.ppsr_supported_target.restype = c_char_p
+    lib.ppsr_supported_target.argtypes = [c_int64]
     lib.ppsr_set_target.argtypes = [c_char_p]
     lib.ppsr_exp2.argtypes = [c_void_p, c_void_p, c_int64]
     lib.ppsr_set_team.argtypes = [c_void_p]
@@ -93,6 +95,12 @@ def library() -> ctypes.CDLL:
 def target() -> str:
     """Instruction set in use: 'avx512', 'avx2' or 'baseline' (SSE2 on x86-64, NEON on arm64)."""
     return library().ppsr_target().decode()
+
+
+def targets() -> list[str]:
+    """The instruction sets that both this processor and the kernels have, best first."""
+    names = map(library().ppsr_supported_target, itertools.count())
+    return [name.decode() for name in itertools.takewhile(lambda name: name is not None, names)]
 
 
 def set_target(name: str | None) -> bool:

@@ -60,6 +60,13 @@ int ppsr_set_target(const char *name) {
 
 const char *ppsr_target(void) { return targets[current].name; }
 
+/* Name of instruction set number i of those that this processor has, the best one first, or NULL past the last. */
+const char *ppsr_supported_target(int64_t i) {
+    for (int t = 0; t < TARGETS; t++)
+        if (supported(targets[t].name) && !i--) return targets[t].name;
+    return NULL;
+}
+
 const struct attention_kernels *ppsr_attention_kernels(void) { return targets[current].attention; }
 
 const struct layer_kernels *ppsr_layer_kernels(void) { return targets[current].layers; }
