@@ -69,6 +69,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['ppsr', 'ppsr.*']),
+    py_modules=['ppsr_command'],  # where the command starts, outside of the package
     ext_modules=[
         Extension(
             'ppsr.ops.native.libppsr',
@@ -98,5 +99,5 @@ setup(
         'basicsr==1.4.2',
     ],
     extras_require={'test': ['pytest', 'pytest-timeout', 'pytest-xdist', 'hypothesis', 'ruff', 'spandrel>=0.4.2']},
-    entry_points={'console_scripts': ['ppsr=ppsr.cli:main']},
+    entry_points={'console_scripts': ['ppsr=ppsr_command:entry']},
 )

@@ -1,5 +1,3 @@
-import sys
+from ppsr_command import entry
 
-from ppsr.cli import main
-
-sys.exit(main())
+entry()

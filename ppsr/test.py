@@ -7,6 +7,6 @@ if __name__ == '__main__':
     # as a script: the folder that holds the package belongs on the path, the package's inside does not
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-    from ppsr.cli import main
+    from ppsr_command import entry
 
-    sys.exit(main(['test', *sys.argv[1:]]))
+    entry(['test', *sys.argv[1:]])

@@ -13,6 +13,7 @@ that the image does not have; the half in the middle is faded over with weights 
 """
 
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from ppsr.errors import UserError
 __all__ = ['DEFAULT_OVERLAP', 'Totals', 'count_tiles', 'run_network', 'tile_starts', 'tiled_bands', 'tiled_forward']
 
 DEFAULT_OVERLAP = 32
+MAX_TILE = 2**20
 
 
 @dataclass
@@ -56,10 +58,10 @@ class Totals:
 
 def check_tiles(tile: int, overlap: int) -> None:
     """Refuse a tile size and an overlap that do not go together (UserError)."""
-    if tile < 0:
-        raise UserError(f'tile={tile} is not a tile size; give pixels of the input, or 0 for no tiles.')
-    if overlap < 0:
-        raise UserError(f'The tile overlap must be 0 or more, got {overlap}.')
+    if not isinstance(tile, numbers.Integral) or not 0 <= tile <= MAX_TILE:
+        raise UserError(f'tile={tile!r} is not a tile size; give pixels of the input, or 0 for no tiles.')
+    if not isinstance(overlap, numbers.Integral) or not 0 <= overlap <= MAX_TILE:
+        raise UserError(f'The tile overlap must be a number of pixels, 0 or more, got {overlap!r}.')
     if tile and overlap >= tile:
         raise UserError(f'The tile overlap ({overlap}) must be smaller than the tile ({tile}).')
 

@@ -1,67 +1,73 @@
-"""The ``ppsr`` command. Each subcommand is a module of this folder with configure(parser) and run(args)."""
+"""The commands of ``ppsr``: each is a module of this folder with configure(parser) and run(args).
+
+Their names and the parsing are in :mod:`ppsr_command`; here is what holds for all of them while they run: mistakes and
+failures are a sentence and an exit code, and signals that end the process let it clean up first.
+"""
 
 import argparse
+import contextlib
 import importlib
-import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 
-from ppsr.version import __version__
+from ppsr.errors import UserError
+from ppsr.runtime import tune_process
+from ppsr_command import COMMANDS, build_parser, main
 
-__all__ = ['main']
-
-COMMANDS = {
-    'train': 'train a network from an options file',
-    'test': 'test a network on benchmarks, from an options file',
-    'prepare': 'make LR images, sub-images, meta files and LMDBs from HR folders',
-    'upscale': 'enlarge pictures',
-    'mask': 'draw which pixels Pure-Pass finds pure',
-    'compare': 'one picture: input, bicubic, ours, difference, mask',
-    'convert': 'turn a .pth into a .safetensors that knows its configuration, and back',
-    'complexity': 'parameters and multiply-adds by part, static or over a data set',
-    'purity': 'share of pure pixels of a data set',
-    'tables': "the paper's tables and plots from what is at hand",
-    'study': 'train reduced versions of the rivals on equal terms',
-    'demo': 'prepare, train, test and show a small example on this machine',
-    'doctor': 'versions, device, backends, known breakages',
-}
+__all__ = ['COMMANDS', 'build_parser', 'main', 'run']
 
 
-def _parser(command: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='ppsr', description='Pure-Pass for BasicSR: PP-ATD-light super-resolution.', allow_abbrev=False
-    )
-    parser.add_argument('--version', action='version', version=f'ppsr {__version__}')
-    subparsers = parser.add_subparsers(dest='command', metavar='command', required=True)
-    for name, summary in COMMANDS.items():
-        sub = subparsers.add_parser(name, help=summary, description=summary.capitalize() + '.', allow_abbrev=False)
-        if name == command:  # only the command that runs is imported: --help and typos answer at once
-            importlib.import_module(f'ppsr.cli.{name}').configure(sub)
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run one command.
+def run(args: argparse.Namespace) -> int:
+    """Run the command ``args.command``.
 
     Returns:
-        0 when all went well, 1 when something failed on the way (said), 2 for a user's mistake, 130 after Ctrl-C.
+        0 when all went well, 1 when something failed on the way (said), 2 for a user's mistake, 128 + N after signal N.
     """
-    from ppsr.errors import UserError
-
-    argv = sys.argv[1:] if argv is None else argv
-    command = next((word for word in argv if not word.startswith('-')), None)
     try:
-        args = _parser(command).parse_args(argv)
-        from ppsr.runtime import tune_process
-
-        tune_process()
-        return importlib.import_module(f'ppsr.cli.{args.command}').run(args) or 0
-    except UserError as e:
-        print(f'ppsr: error: {e}', file=sys.stderr)
-        return 2
+        with _signals():
+            tune_process()
+            return importlib.import_module(f'ppsr.cli.{args.command}').run(args) or 0
+    except UserError as error:
+        return _tell(f'error: {error}', 2)
     except KeyboardInterrupt:
-        print('ppsr: interrupted.', file=sys.stderr)
-        return 128 + signal.SIGINT
+        return _tell('interrupted.', 128 + signal.SIGINT)
+    except _Ended as end:
+        return _tell(f'ended by {end.signal.name}.', 128 + end.signal)
     except BrokenPipeError:  # `ppsr … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # the machine's state, not a fault of the program: a full disk, too many open files
+        where = f'{error.filename}: ' if error.filename else ''
+        return _tell(f'error: {where}{error.strerror or error}.', 1)
+
+
+def _tell(text: str, code: int) -> int:
+    print(f'ppsr: {text}', file=sys.stderr)
+    return code
+
+
+class _Ended(BaseException):
+    """A signal that asks the process to end: unwinds like Ctrl-C, so that no temporary file stays."""
+
+    def __init__(self, number: int):
+        self.signal = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM (batch systems) and SIGHUP (a closed terminal) unwind; one that is ignored (nohup) stays ignored."""
+
+    def end(number, frame):
+        raise _Ended(number)
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in filter(None, (signal.SIGTERM, getattr(signal, 'SIGHUP', None))):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                previous[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

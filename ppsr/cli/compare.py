@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from ppsr.cli.numbers import PIXELS
 from ppsr.cli.upscale import add_network_options, make_upscaler
 
 
@@ -12,7 +13,11 @@ def configure(parser) -> None:
     parser.add_argument('-o', '--output', metavar='FILE', help='picture to write (default: INPUT_compare.png)')
     parser.add_argument('--dense', action='store_true', help='also run with nothing exempted: what Pure-Pass costs')
     parser.add_argument(
-        '--crop', type=int, nargs=4, metavar=('X', 'Y', 'W', 'H'), help='show this part (input pixels); all is measured'
+        '--crop',
+        type=PIXELS,
+        nargs=4,
+        metavar=('X', 'Y', 'W', 'H'),
+        help='show this part (input pixels); all is measured',
     )
     add_network_options(parser)
 

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ppsr.cli.numbers import Number
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('-opt', required=True, metavar='YML', help='options file; its network_g is built')
     parser.add_argument(
         '--input-size',
         nargs=3,
-        type=int,
+        type=Number(1, 2**20),
         metavar=('C', 'H', 'W'),
         help='size of the LQ image of the static figures (default: the one that becomes 1280×720)',
     )
@@ -28,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
 
     net = complexity.build_from_options(args.opt)
     channels, *size = args.input_size or (3, *complexity.static_size(net.upscale))
-    if channels != 3 or min(size) < 1:
-        raise UserError(f'--input-size {channels} {size[0]} {size[1]}: write 3 and a height and a width of 1 or more.')
+    if channels != 3:
+        raise UserError(f'--input-size {channels} {size[0]} {size[1]}: write 3, a height and a width.')
     scale = None if args.lq else net.upscale
     costs = {}
     for name, sources in find_images(args.data, net.upscale).items() if args.data else ():

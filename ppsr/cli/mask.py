@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from ppsr.cli.numbers import CENTERS, PIXELS, WINDOW, Number
+
 
 def configure(parser) -> None:
     parser.add_argument('-i', '--input', nargs='+', required=True, metavar='INPUT', help='pictures, folders, globs')
@@ -10,10 +12,12 @@ def configure(parser) -> None:
     parser.add_argument('-r', '--recursive', action='store_true', help='descend into folders, keeping their tree')
     parser.add_argument('--suffix', default='mask', help='NAME becomes NAME_SUFFIX (default: mask)')
     parser.add_argument('--overwrite', action='store_true', help='redo outputs that exist (default: skip them)')
-    parser.add_argument('--zoom', type=int, default=4, help='pixels of the overlay per pixel of the input (default: 4)')
-    parser.add_argument('--num-centers', type=int, default=8, metavar='K', help='colour centres (default: 8)')
-    parser.add_argument('--window-size', type=int, default=5, metavar='W', help='side of the windows (default: 5)')
-    parser.add_argument('--shift', type=int, help='offset of the second grid (default: half a window)')
+    parser.add_argument(
+        '--zoom', type=Number(1, 64), default=4, help='pixels of the overlay per pixel of the input (default: 4)'
+    )
+    parser.add_argument('--num-centers', type=CENTERS, default=8, metavar='K', help='colour centres (default: 8)')
+    parser.add_argument('--window-size', type=WINDOW, default=5, metavar='W', help='side of the windows (default: 5)')
+    parser.add_argument('--shift', type=PIXELS, help='offset of the second grid (default: half a window)')
     parser.add_argument('--no-fuse', action='store_true', help='without the second grid')
 
 
@@ -28,8 +32,6 @@ def run(args) -> int:
         pure_pass = PurePass(args.num_centers, args.window_size, args.shift, not args.no_fuse)
     except ValueError as error:
         raise UserError(f'{error}.') from None
-    if args.zoom < 1:
-        raise UserError(f'--zoom must be at least 1, got {args.zoom}.')
     failed, shares = 0, []
     for job in plan_jobs(args.input, args.output, args.suffix, 'png', args.recursive):
         if '-' in (job.source, job.target):

@@ -5,7 +5,11 @@ import os
 import sys
 from pathlib import Path
 
+from ppsr.cli.numbers import PIXELS, SCALE, Number
 from ppsr.errors import UserError
+
+SIDE = Number(1, 2**16)
+JOBS = Number(1, 1024)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -17,24 +21,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--hr', nargs='+', type=Path, metavar='DIR', help='folders of HR images, or of data sets')
     parser.add_argument('--name', help='name of the data set; all --hr folders go into it (default: one each)')
     parser.add_argument('-o', '--output', type=Path, default=Path('datasets'), metavar='DIR', help='default: datasets')
-    parser.add_argument('--scale', nargs='+', type=int, metavar='N', help='default: 2 3 4 (--check: all there are)')
+    parser.add_argument('--scale', nargs='+', type=SCALE, metavar='N', help='default: 2 3 4 (--check: all there are)')
     parser.add_argument('--sub-images', action='store_true', help='cut overlapping sub-images, for fast training')
-    parser.add_argument('--crop-size', type=int, default=480, metavar='N', help='side in HR pixels (default: 480)')
-    parser.add_argument('--step', type=int, default=240, metavar='N', help='distance in HR pixels (default: 240)')
-    parser.add_argument('--thresh-size', type=int, default=0, metavar='N', help='ignore smaller rests (default: 0)')
+    parser.add_argument('--crop-size', type=SIDE, default=480, metavar='N', help='side in HR pixels (default: 480)')
+    parser.add_argument('--step', type=SIDE, default=240, metavar='N', help='distance in HR pixels (default: 240)')
+    parser.add_argument('--thresh-size', type=PIXELS, default=0, metavar='N', help='ignore smaller rests (default: 0)')
     parser.add_argument('--lmdb', action='store_true', help='store the images, or the sub-images, in LMDBs as well')
     parser.add_argument('--meta-info', action='store_true', help="write basicsr's meta-info files")
-    parser.add_argument('--jobs', type=int, default=os.cpu_count() or 1, metavar='N', help='processes (default: cores)')
+    parser.add_argument(
+        '--jobs', type=JOBS, default=os.cpu_count() or 1, metavar='N', help='processes (default: cores)'
+    )
     parser.add_argument('--overwrite', action='store_true', help='make again what is already there')
     parser.add_argument('--check', action='store_true', help='read everything that is there and say what is wrong')
 
 
 def run(args: argparse.Namespace) -> int:
     """0: done; 1: some images were unreadable, or --check found something."""
-    if args.jobs < 1:
-        raise UserError(f'--jobs must be at least 1, but is {args.jobs}.')
-    if args.scale and (min(args.scale) < 1 or len(set(args.scale)) < len(args.scale)):
-        raise UserError(f'--scale needs different positive numbers, but is {" ".join(map(str, args.scale))}.')
+    if args.scale and len(set(args.scale)) < len(args.scale):
+        raise UserError(f'--scale needs different numbers, but is {" ".join(map(str, args.scale))}.')
     if args.name and (os.path.basename(args.name) != args.name or args.name.startswith('.')):
         raise UserError(f'--name must be the name of a folder, without a path, but is {args.name!r}.')
     return _check(args) if args.check else _prepare(args)

@@ -5,24 +5,25 @@ import json
 
 from tqdm import tqdm
 
+from ppsr.cli.numbers import CENTERS, PIXELS, SCALE, WINDOW
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--data', required=True, metavar='DIR', help='HR images (or LQ images with --lq)')
-    parser.add_argument('--scale', type=int, default=4, help='LQ images are made of HR by this scale (default: 4)')
+    parser.add_argument('--scale', type=SCALE, default=4, help='LQ images are made of HR by this scale (default: 4)')
     parser.add_argument('--lq', action='store_true', help='the images are LQ already')
-    parser.add_argument('--num-centers', type=int, nargs='+', default=[8], metavar='K', help='default: 8')
-    parser.add_argument('--window', type=int, nargs='+', default=[5], metavar='W', help='default: 5')
-    parser.add_argument('--shift', type=int, metavar='S', help='offset of the second grid (default: half the window)')
+    parser.add_argument('--num-centers', type=CENTERS, nargs='+', default=[8], metavar='K', help='default: 8')
+    parser.add_argument('--window', type=WINDOW, nargs='+', default=[5], metavar='W', help='default: 5')
+    parser.add_argument(
+        '--shift', type=PIXELS, metavar='S', help='offset of the second grid (default: half the window)'
+    )
     parser.add_argument('--format', choices=('text', 'markdown', 'json'), default='text')
 
 
 def run(args: argparse.Namespace) -> int:
     from ppsr.data.benchmark import find_images, read_lq
-    from ppsr.errors import UserError
     from ppsr.paper import purity
 
-    if args.scale < 1:
-        raise UserError(f'--scale {args.scale}: it must be at least 1.')
     found, output = {}, []
     for name, sources in find_images(args.data, args.scale).items():
         images, sizes = {}, {}

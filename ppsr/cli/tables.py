@@ -5,6 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from ppsr.cli.numbers import SCALE
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -18,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help='weight files, for the network of that label or for those that they fit (default: the shipped ones)',
     )
     parser.add_argument('-opt', nargs='+', default=[], metavar='YML', help='options files whose networks become rows')
-    parser.add_argument('--scales', nargs='+', type=int, default=[2, 3, 4], metavar='N', help='default: 2 3 4')
+    parser.add_argument('--scales', nargs='+', type=SCALE, default=[2, 3, 4], metavar='N', help='default: 2 3 4')
     parser.add_argument(
         '--ablations',
         nargs='*',
@@ -34,12 +36,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ppsr.errors import UserError
     from ppsr.paper.tables import make
     from ppsr.weights import list_pretrained
 
-    if min(args.scales) < 1:
-        raise UserError(f'--scales {min(args.scales)}: a scale is at least 1.')
     weights = args.weights or list(list_pretrained().values())
     command = shlex.join(['ppsr', *sys.argv[1:]])
     options = [Path(path) for path in args.opt]

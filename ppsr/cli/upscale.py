@@ -1,26 +1,10 @@
 """``ppsr upscale``"""
 
 import argparse
-import signal
 import sys
 
-
-def positive(text: str) -> float:
-    """argparse type: a number above zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float('inf'):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
-    return value
-
-
-def percent(text: str) -> int:
-    """argparse type: 1 to 100."""
-    if not text.isdecimal() or not 1 <= int(text) <= 100:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 1 to 100')
-    return int(text)
+from ppsr.cli.numbers import PIXELS, Number
+from ppsr.pictures.upscaler import OUTSCALES
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +15,9 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--arch', help='run the weights as this arch; PPATDLight runs a plain ATD-light with Pure-Pass')
     parser.add_argument('--no-pure-pass', action='store_true', help='exempt nothing: the dense network')
     parser.add_argument(
-        '-t', '--tile', type=int, help='tile side in input pixels; 0 = never cut (default: from memory)'
+        '-t', '--tile', type=PIXELS, help='tile side in input pixels; 0 = never cut (default: from memory)'
     )
-    parser.add_argument('--tile-overlap', type=int, default=32, metavar='N', help='shared pixels (default: 32)')
+    parser.add_argument('--tile-overlap', type=PIXELS, default=32, metavar='N', help='shared pixels (default: 32)')
     parser.add_argument('--max-memory', metavar='SIZE', help='never use more, e.g. 4G (RAM, or GPU memory)')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:N (default: auto)')
     parser.add_argument('--dtype', default='fp32', choices=('fp32', 'bf16', 'fp16'), help='precision (default: fp32)')
@@ -69,11 +53,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         '-o', '--output', required=True, help="folder; for one picture also a file name, or '-' for standard output"
     )
     parser.add_argument(
-        '-s', '--outscale', type=positive, help="factor of the result (default: the network's); else Lanczos after it"
+        '-s',
+        '--outscale',
+        type=Number(*OUTSCALES),
+        help="factor of the result (default: the network's); else Lanczos after it",
     )
     parser.add_argument('--suffix', default='out', help="NAME becomes NAME_SUFFIX; '' for none (default: out)")
     parser.add_argument('--ext', default='auto', choices=('auto', 'png', 'jpg', 'webp', 'tiff'), help='output format')
-    parser.add_argument('--quality', type=percent, default=95, help='of JPEG and WebP (default: 95)')
+    parser.add_argument('--quality', type=Number(1, 100), default=95, help='of JPEG and WebP (default: 95)')
     parser.add_argument('-r', '--recursive', action='store_true', help='descend into folders, keeping their tree')
     parser.add_argument('--overwrite', action='store_true', help='redo outputs that exist (default: skip them)')
     parser.add_argument('--save-mask', action='store_true', help='write NAME_mask.png beside each output')
@@ -87,11 +74,6 @@ def run(args) -> int:
     upscaler = make_upscaler(args, outscale=args.outscale)
     if upscaler.outscale != upscaler.scale:
         print(f'The network enlarges ×{upscaler.scale}; Lanczos makes ×{upscaler.outscale:g} of it.', file=sys.stderr)
-    # a batch system's polite end: unwind, so that no temporary file stays
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        summary = run_jobs(upscaler, jobs, args.quality, args.overwrite, args.save_mask)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    summary = run_jobs(upscaler, jobs, args.quality, args.overwrite, args.save_mask)
     print(summary, file=sys.stderr if args.output == '-' else sys.stdout)
     return 1 if summary.failed else 0

@@ -25,6 +25,13 @@ SATURATION = VALUE = 0.9  # of every centre (published)
 # on this grid (65535 = 257 · 255), so they lose nothing.
 PIXEL_STEPS = 65535
 CENTER_STEPS = 1 << 16
+MAX_CENTERS = 4096  # far more than can be told apart; without a limit a number in a file takes all memory
+CENTERS_AT_ONCE = 16
+
+
+def _check_centers(num_centers: int) -> None:
+    if not 1 <= num_centers <= MAX_CENTERS:
+        raise ValueError(f'num_centers must be 1 to {MAX_CENTERS}, got {num_centers}')
 
 
 def color_centers(num_centers: int = 8) -> Tensor:
@@ -34,13 +41,12 @@ def color_centers(num_centers: int = 8) -> Tensor:
         (K, 3) float64 in [0, 1].
 
     Raises:
-        ValueError: num_centers < 1.
+        ValueError: num_centers not in [1, 4096].
 
     >>> color_centers(8)[0].tolist()  # red
     [0.9, 0.09, 0.09]
     """
-    if num_centers < 1:
-        raise ValueError(f'num_centers must be at least 1, got {num_centers}')
+    _check_centers(num_centers)
     rgb = [colorsys.hsv_to_rgb(k / num_centers, SATURATION, VALUE) for k in range(num_centers)]
     return torch.tensor(rgb, dtype=torch.float64).round(decimals=12)  # 0.09, not 0.08999999999999997
 
@@ -66,9 +72,21 @@ def classify_pixels(lq: Tensor, num_centers: int = 8) -> Tensor:
     centers = (color_centers(num_centers) * CENTER_STEPS).round().to(lq.device)  # (K, 3), integers
     pixels = (lq.detach().double().clamp(0, 1) * PIXEL_STEPS).round()
     # ‖p − c‖² = ‖p‖² − 2p·c + ‖c‖²: the largest 2p·c − ‖c‖² is the nearest centre; every number is an integer < 2⁵³
-    closeness = 2 * torch.einsum('kc,bchw->kbhw', centers, pixels) * CENTER_STEPS
-    closeness = closeness - (centers.square().sum(1) * PIXEL_STEPS).view(-1, 1, 1, 1)
-    return closeness.argmax(0)
+    best, labels = None, None
+    for start in range(0, num_centers, CENTERS_AT_ONCE):
+        some = centers[start : start + CENTERS_AT_ONCE]
+        closeness = 2 * torch.einsum('kc,bchw->kbhw', some, pixels) * CENTER_STEPS
+        closeness = closeness - (some.square().sum(1) * PIXEL_STEPS).view(-1, 1, 1, 1)
+        if num_centers <= CENTERS_AT_ONCE:
+            return closeness.argmax(0)
+        nearest = closeness.argmax(0, keepdim=True)
+        closest = closeness.gather(0, nearest)
+        if best is None:
+            best, labels = closest, nearest
+        else:  # a tie stays with the lower label
+            labels = torch.where(closest > best, nearest + start, labels)
+            best = torch.maximum(closest, best)
+    return labels[0]
 
 
 def window_mask(labels: Tensor, window_size: int = 5, offset: int = 0) -> Tensor:
@@ -97,11 +115,12 @@ def window_mask(labels: Tensor, window_size: int = 5, offset: int = 0) -> Tensor
     # cells that the first window lacks, so that all windows start at multiples of w
     top = (window_size - offset) % window_size if h >= window_size else 0
     left = (window_size - offset) % window_size if w >= window_size else 0
+    window = min(window_size, h), min(window_size, w)  # or a window far larger than the image would be pooled in full
     # the pad loses against every label in both pools: −inf; ceil_mode cuts the last window off in the same way
     x = F.pad(torch.stack([labels, -labels]).float(), (left, 0, top, 0), value=float('-inf'))
-    highest, minus_lowest = F.max_pool2d(x.flatten(0, 1), window_size, window_size, ceil_mode=True).chunk(2)
+    highest, minus_lowest = F.max_pool2d(x.flatten(0, 1), window, window, ceil_mode=True).chunk(2)
     pure = highest == -minus_lowest
-    pure = pure.repeat_interleave(window_size, -2).repeat_interleave(window_size, -1)
+    pure = pure.repeat_interleave(window[0], -2).repeat_interleave(window[1], -1)
     return pure[:, top : top + h, left : left + w]
 
 
@@ -142,8 +161,7 @@ class PurePass(nn.Module):
 
     def __init__(self, num_centers: int = 8, window_size: int = 5, shift: int | None = None, fuse: bool = True):
         super().__init__()
-        if num_centers < 1:
-            raise ValueError(f'num_centers must be at least 1, got {num_centers}')
+        _check_centers(num_centers)
         if window_size < 1:
             raise ValueError(f'window_size must be at least 1, got {window_size}')
         if shift is not None and not 0 <= shift < window_size:

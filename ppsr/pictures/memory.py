@@ -19,15 +19,20 @@ PROBE = 128  # side of the noise image that a network is measured with
 SAMPLE_SECONDS = 0.002
 
 
-def parse_size(text: str) -> int:
-    """'800M', '4G', '1.5GiB', '2000000' -> bytes (K, M, G are powers of 1024).
+def parse_size(text: str | int) -> int:
+    """'800M', '4G', '1.5GiB', '2000000', or a number -> bytes (K, M, G are powers of 1024).
+
+    Raises:
+        UserError: not an amount of memory, or more than any machine has (an exbibyte).
 
     >>> parse_size('1.5G') // 2**20
     1536
     """
-    match = re.fullmatch(r'\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*', text, re.IGNORECASE)
-    if not match or not (size := int(float(match[1]) * 1024 ** ' kmgt'.index(match[2].lower() or ' '))):
-        raise UserError(f'{text!r} is not an amount of memory; write it like 800M or 4G.')
+    match = re.fullmatch(r'\s*(\d{1,20}(?:\.\d{1,20})?)\s*([kmgt]?)(?:i?b)?\s*', str(text)[:100], re.IGNORECASE)
+    size = int(float(match[1]) * 1024 ** ' kmgt'.index(match[2].lower() or ' ')) if match else 0
+    if not 0 < size <= 2**60:
+        shown = repr(text) if len(repr(text)) < 40 else f'{repr(text)[:30]}…'
+        raise UserError(f'{shown} is not an amount of memory; write it like 800M or 4G.')
     return size
 
 

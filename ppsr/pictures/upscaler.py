@@ -7,6 +7,7 @@ Only the picture itself and a band are in memory at a time (JPEG and WebP collec
 
 import dataclasses
 import logging
+import numbers
 import os
 import shutil
 import tempfile
@@ -50,6 +51,7 @@ from ppsr.tiling import (
 
 __all__ = ['DTYPES', 'Stats', 'Upscaler', 'resolve_device', 'resolve_dtype']
 
+OUTSCALES = (0.01, 100.0)  # factors that make sense; beyond, only numbers that nobody meant
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, for gray pictures
 
@@ -135,7 +137,7 @@ class Upscaler:
             threads.
         device: 'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.
         dtype: 'fp32', or 'bf16' / 'fp16' under autocast (fp16 on GPUs only).
-        outscale: factor of the result, any positive number; None = the network's. Another factor than the network's is
+        outscale: factor of the result, 0.01 to 100; None = the network's. Another factor than the network's is
             reached by Lanczos resizing of the network's result.
         tile: side of the tiles in input pixels; 0 = never cut; None = cut only if memory demands it.
         tile_overlap: input pixels that neighbouring tiles share.
@@ -173,12 +175,10 @@ class Upscaler:
         self.dtype = resolve_dtype(dtype, self.device)
         self.net = net.to(self.device).eval()
         self.scale = int(net.upscale)
-        self.outscale = float(self.scale if outscale is None else outscale)
-        if not 0 < self.outscale < float('inf'):
-            raise UserError(f'The factor must be a positive number, got {outscale}.')
-        check_tiles(tile or 0, tile_overlap)
+        self.outscale = _number('outscale', self.scale if outscale is None else outscale, *OUTSCALES)
+        check_tiles(0 if tile is None else tile, tile_overlap)
         self.tile, self.tile_overlap = tile, tile_overlap
-        self.max_memory = memory.parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+        self.max_memory = None if max_memory is None else memory.parse_size(max_memory)
         self.say = say
         self._last = threading.local()
         self._measuring = threading.Lock()
@@ -285,6 +285,7 @@ class Upscaler:
         start = time.perf_counter()
         stream = hasattr(target, 'write')
         form = 'PNG' if stream else format_of(target)
+        quality = int(_number('quality', quality, 1, 100))
         picture = source if isinstance(source, Picture) else self.read(source)
         shape = self._output_shape(picture.pixels.shape)
         check_format(form, shape[1], shape[0], shape[2], str('standard output' if stream else target))
@@ -463,6 +464,18 @@ class Upscaler:
                 measured = memory.measure_bytes_per_pixel(lambda lq: self._run(self.net, lq, Totals()), self.device)
                 self._bytes_per_pixel = SAFETY * measured
             return self._bytes_per_pixel
+
+
+def _number(name: str, value, low: float, high: float) -> float:
+    """A number within a range; UserError for anything else that a caller passes."""
+    try:
+        number = float(value) if isinstance(value, numbers.Real) else None
+    except OverflowError:
+        number = None
+    if number is None or not low <= number <= high:
+        shown = repr(value) if len(repr(value)) < 40 else f'{repr(value)[:30]}…'
+        raise UserError(f'{name} must be a number from {low:g} to {high:g}, got {shown}.')
+    return number
 
 
 def _gib(size: float) -> str:

@@ -294,7 +294,7 @@ def test_no_permission_is_a_sentence(tmp_path, monkeypatch):
     def denied(*args, **kwargs):  # root may write anywhere, so the refusal is made here
         raise PermissionError(errno.EACCES, 'Permission denied')
 
-    monkeypatch.setattr('ppsr.atomic.tempfile.mkstemp', denied)
+    monkeypatch.setattr('ppsr.atomic.os.open', denied)
     with pytest.raises(UserError, match='no permission'):
         write_file(tmp_path / 'x.png', picture())
     with pytest.raises(UserError, match='cannot write that kind'):
