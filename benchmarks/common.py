@@ -18,9 +18,8 @@ from PIL import Image
 
 from ppsr.data.bicubic import imresize_bicubic, modcrop
 from ppsr.generated import write_section
+from ppsr.images import as_rgb, read_picture, to_tensor
 from ppsr.ops import use_backend
-from ppsr.pictures.imageio import read_picture
-from ppsr.pictures.visualize import as_rgb, to_tensor
 
 
 def machine() -> str:

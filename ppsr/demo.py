@@ -4,7 +4,6 @@ import signal
 import time
 from pathlib import Path
 
-import cv2
 from basicsr.metrics import calculate_metric
 
 from ppsr.errors import UserError
@@ -85,22 +84,23 @@ def _options(name: str, weights: Path | None) -> dict:
 def _bicubic(dataset: dict, opt: dict) -> dict[str, float]:
     """Metrics of MATLAB's bicubic enlargement, the means over the data set."""
     from ppsr.data.bicubic import imresize_bicubic
+    from ppsr.images import decode_rgb
 
     sums = dict.fromkeys(opt['val']['metrics'], 0.0)
     paths = sorted(Path(dataset['dataroot_lq']).glob('*.png'))
     for path in paths:
-        sr = imresize_bicubic(cv2.imread(str(path)), opt['scale'], up=True)
-        gt = cv2.imread(str(Path(dataset['dataroot_gt'], path.name)))[: sr.shape[0], : sr.shape[1]]
+        sr = imresize_bicubic(decode_rgb(path), opt['scale'], up=True)
+        gt = decode_rgb(Path(dataset['dataroot_gt'], path.name))[: sr.shape[0], : sr.shape[1]]
         for metric, options in opt['val']['metrics'].items():
-            sums[metric] += calculate_metric({'img': sr, 'img2': gt}, dict(options))
+            sums[metric] += calculate_metric({'img': sr[..., ::-1], 'img2': gt[..., ::-1]}, dict(options))
     return {metric: value / len(paths) for metric, value in sums.items()}
 
 
 def _draw(dataset: dict, enlarged: Path) -> Path:
     """An overlay of the mask and a comparison for every picture, beside the enlarged ones."""
     from ppsr.data.bicubic import imresize_bicubic
+    from ppsr.images import read_picture, write_file
     from ppsr.masks.pure_pass import PurePass
-    from ppsr.pictures.imageio import read_picture, write_file
     from ppsr.pictures.visualize import comparison, mask_overlay, network_mask, panels
 
     folder = enlarged.parent / f'{dataset["name"]}_masks'

@@ -195,7 +195,7 @@ def _one_sentence(error: UserError) -> None:
 
 def picture_case(rng: random.Random) -> None:
     """A picture of any shape, mode, depth and format, whole or damaged: read, and enlarged by a network."""
-    from ppsr.pictures.imageio import read_picture
+    from ppsr.images import read_picture
 
     content = _picture(rng)
     whole = rng.random() < 0.4

@@ -24,9 +24,9 @@ def configure(parser) -> None:
 
 def run(args) -> int:
     from ppsr.errors import UserError
+    from ppsr.images import as_rgb, format_of, read_picture, write_file
     from ppsr.pictures.compare import compare, table
-    from ppsr.pictures.imageio import format_of, read_picture, write_file
-    from ppsr.pictures.visualize import as_rgb, comparison, panels
+    from ppsr.pictures.visualize import comparison, panels
 
     output = Path(args.output or f'{Path(args.input).stem}_compare.png')
     format_of(output)

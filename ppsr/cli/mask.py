@@ -23,10 +23,10 @@ def configure(parser) -> None:
 
 def run(args) -> int:
     from ppsr.errors import UserError
+    from ppsr.images import as_rgb, read_picture, write_file
     from ppsr.masks.pure_pass import PurePass
     from ppsr.pictures.batch import plan_jobs
-    from ppsr.pictures.imageio import read_picture, write_file
-    from ppsr.pictures.visualize import as_rgb, enlarge_nearest, mask_overlay, network_mask
+    from ppsr.pictures.visualize import enlarge_nearest, mask_overlay, network_mask
 
     try:
         pure_pass = PurePass(args.num_centers, args.window_size, args.shift, not args.no_fuse)

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ppsr.data.bicubic import imresize_bicubic, modcrop
-from ppsr.data.images import DataError, decode_rgb
 from ppsr.data.layout import Source, find_sources
+from ppsr.errors import DataError
+from ppsr.images import decode_rgb, to_tensor
 
-__all__ = ['BENCHMARKS', 'as_tensor', 'find_images', 'read_lq', 'read_pair']
+__all__ = ['BENCHMARKS', 'find_images', 'read_lq', 'read_pair']
 
 BENCHMARKS = ('Set5', 'Set14', 'BSD100', 'Urban100', 'Manga109')
 
@@ -40,9 +40,4 @@ def read_pair(path: str | Path, scale: int) -> tuple[np.ndarray, np.ndarray]:
 
 def read_lq(path: str | Path, scale: int | None) -> Tensor:
     """(1, 3, H, W) float32 RGB in [0, 1]: the LQ image of an HR file at this scale, or the file itself for None."""
-    return as_tensor(decode_rgb(path) if scale is None else read_pair(path, scale)[0])
-
-
-def as_tensor(image: np.ndarray) -> Tensor:
-    """uint8 RGB (H, W, 3) -> float32 (1, 3, H, W) in [0, 1]"""
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None].float() / 255
+    return to_tensor(decode_rgb(path) if scale is None else read_pair(path, scale)[0])

@@ -3,10 +3,11 @@
 import os
 from collections.abc import Mapping
 
-from ppsr.data.images import DataError, image_size, list_images
 from ppsr.data.lmdb_store import open_lmdb, read_meta_info
 from ppsr.data.paired_sr_dataset import PairedSRDataset
 from ppsr.data.pairs import check_pair_sizes, open_pairs, option
+from ppsr.errors import DataError
+from ppsr.images import image_size, list_images
 
 __all__ = ['check_datasets']
 

@@ -7,10 +7,10 @@
 import importlib.util
 from pathlib import Path
 
-from ppsr.data.images import decode_rgb, list_images, write_png
 from ppsr.data.layout import DataSetFolders, Source
 from ppsr.data.prepare import prepare_dataset
 from ppsr.errors import UserError
+from ppsr.images import decode_rgb, list_images, write_png
 
 __all__ = ['TRAIN', 'VAL', 'make_demo_data']
 

@@ -14,7 +14,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ppsr.data.images import DataError, list_images
+from ppsr.errors import DataError
+from ppsr.images import list_images
 
 __all__ = ['DataSetFolders', 'Source', 'find_sources']
 

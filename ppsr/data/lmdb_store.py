@@ -14,8 +14,8 @@ from pathlib import Path
 import lmdb
 from basicsr.utils.lmdb_util import LmdbMaker
 
-from ppsr.data.images import DataError, image_size
-from ppsr.errors import UserError
+from ppsr.errors import DataError, UserError
+from ppsr.images import image_size
 
 __all__ = ['build_lmdb', 'open_lmdb', 'read_lmdb', 'read_meta_info']
 

@@ -11,14 +11,13 @@ Same options and same samples for the same random state. What is different:
 
 from collections.abc import Mapping
 
-import numpy as np
-import torch
 from basicsr.data.transforms import augment, paired_random_crop
 from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils import data
 
-from ppsr.data.images import DataError, decode_rgb
 from ppsr.data.pairs import check_pair_sizes, open_pairs, option
+from ppsr.errors import DataError
+from ppsr.images import decode_rgb, to_tensor
 from ppsr.registry import register
 
 __all__ = ['PairedSRDataset']
@@ -84,9 +83,4 @@ class PairedSRDataset(data.Dataset):
             gt, lq = paired_random_crop(gt, lq, self.gt_size, self.scale, gt_path)
             # a copy, because augment flips in place
             gt, lq = augment([gt.copy(), lq.copy()], self.opt.get('use_hflip', True), self.opt.get('use_rot', True))
-        return {'lq': _to_tensor(lq), 'gt': _to_tensor(gt), 'lq_path': lq_path, 'gt_path': gt_path}
-
-
-def _to_tensor(img: np.ndarray) -> torch.Tensor:
-    """uint8 (H, W, 3) in [0, 255] -> float32 (3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(img.transpose(2, 0, 1))).float() / 255
+        return {'lq': to_tensor(lq)[0], 'gt': to_tensor(gt)[0], 'lq_path': lq_path, 'gt_path': gt_path}

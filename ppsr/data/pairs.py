@@ -4,8 +4,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ppsr.data.images import DataError, image_size, list_images
 from ppsr.data.lmdb_store import open_lmdb, read_lmdb, read_meta_info
+from ppsr.errors import DataError
+from ppsr.images import image_size, list_images
 
 __all__ = ['FolderPairs', 'LmdbPairs', 'check_pair_sizes', 'open_pairs', 'option']
 

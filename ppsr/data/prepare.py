@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from ppsr.atomic import atomic_path
 from ppsr.data.bicubic import imresize_bicubic, modcrop
-from ppsr.data.images import DataError, decode_rgb, describe_conversion, image_size, list_images, write_png
 from ppsr.data.layout import DataSetFolders, Source
 from ppsr.data.lmdb_store import build_lmdb, read_meta_info
-from ppsr.errors import UserError
+from ppsr.errors import DataError, UserError
+from ppsr.images import decode_rgb, describe_conversion, image_size, list_images, write_png
 
 __all__ = ['Grid', 'Summary', 'in_parallel', 'prepare_dataset', 'sub_image_boxes']
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from ppsr.data.bicubic import imresize_bicubic, modcrop
-from ppsr.data.images import DataError, decode_rgb, list_images
 from ppsr.data.layout import DataSetFolders
 from ppsr.data.pairs import FolderPairs, LmdbPairs, check_pair_sizes
 from ppsr.data.prepare import in_parallel
+from ppsr.errors import DataError
+from ppsr.images import decode_rgb, list_images
 
 __all__ = ['CheckReport', 'verify_dataset']
 

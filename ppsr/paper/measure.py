@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from basicsr.metrics import calculate_psnr, calculate_ssim
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ppsr.data.benchmark import as_tensor, read_pair
+from ppsr.data.benchmark import read_pair
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.data.layout import Source
 from ppsr.errors import UserError
+from ppsr.images import to_image, to_tensor
+from ppsr.metrics import SSIM_WINDOW, psnr_ssim
 from ppsr.paper.complexity import build_network, image_cost
 from ppsr.weights import load_into, read_checkpoint
 
@@ -176,21 +177,30 @@ class Method:
 
 
 def quality(sr: np.ndarray, gt: np.ndarray, scale: int) -> dict[str, float]:
-    """PSNR in dB and SSIM by basicsr's functions: Y channel, crop = scale; images are uint8 RGB (H, W, 3)."""
-    sr, gt = sr[..., ::-1], gt[..., ::-1]  # basicsr's images are BGR
-    options = dict(crop_border=scale, test_y_channel=True)
-    return {'psnr': float(calculate_psnr(sr, gt, **options)), 'ssim': float(calculate_ssim(sr, gt, **options))}
+    """PSNR in dB and SSIM (:func:`ppsr.metrics.psnr_ssim`), crop = scale; images are uint8 RGB (H, W, 3).
+
+    Raises:
+        UserError: too small for SSIM's window once cropped.
+    """
+    psnr, ssim = psnr_ssim(sr, gt, scale)
+    if ssim is None:
+        least = SSIM_WINDOW + 2 * scale
+        raise UserError(
+            f'An image of {gt.shape[1]}×{gt.shape[0]} pixels is too small for SSIM at ×{scale}; '
+            f'give images of at least {least}×{least}.'
+        )
+    return {'psnr': psnr, 'ssim': ssim}
 
 
 def evaluate(net: nn.Module, lq: np.ndarray, gt: np.ndarray | None) -> dict[str, float]:
     """The record of one image, uint8 RGB (H, W, 3): its cost, and its quality where there is a `gt`."""
-    x = as_tensor(lq).to(next(net.parameters()).device)
+    x = to_tensor(lq).to(next(net.parameters()).device)
     cost = image_cost(net, x)
     record = {'pure': cost.pure, 'exempt': cost.exempt, 'macs': cost.total, 'dense': cost.dense}
     if gt is not None:
         with torch.inference_mode():
-            sr = (net(x)[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-        record |= quality(sr.cpu().numpy(), gt, net.upscale)
+            sr = to_image(net(x))
+        record |= quality(sr, gt, net.upscale)
     return record
 
 

@@ -18,9 +18,10 @@ from basicsr.utils import set_random_seed
 from tqdm import tqdm
 
 from ppsr.atomic import atomic_path
-from ppsr.data.benchmark import as_tensor, find_images, read_pair
+from ppsr.data.benchmark import find_images, read_pair
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.errors import UserError
+from ppsr.images import to_tensor
 from ppsr.paper.complexity import build_network, count_parameters
 from ppsr.paper.measure import Cache, evaluate, file_hash, quality
 from ppsr.paper.report import Table
@@ -97,7 +98,7 @@ def patches(pairs: list[Pair], scale: int, lq_size: int, batch_size: int, seed: 
 
     while True:
         chosen = [one() for _ in range(batch_size)]
-        lq, gt = (torch.cat([as_tensor(image) for image in images]) for images in zip(*chosen))
+        lq, gt = (torch.cat([to_tensor(image) for image in images]) for images in zip(*chosen))
         yield {'lq': lq, 'gt': gt}
 
 
@@ -139,7 +140,7 @@ def _seconds(opt: dict, images: list[Pair], folder: Path) -> dict[str, float]:
     """Seconds per image of every network on a test set. They take turns, so that another load on the machine meets all
     of them, and the fastest pass of each counts."""
     device = 'cuda' if opt['num_gpu'] != 0 and torch.cuda.is_available() else 'cpu'
-    inputs = [as_tensor(lq).to(device) for lq, _ in images]
+    inputs = [to_tensor(lq).to(device) for lq, _ in images]
     files = {label: folder / f'{label}_{opt["seeds"][0]}.safetensors' for label in opt['networks']}
     networks = {label: load_model(file, device=device) for label, file in files.items()}
     passes: dict[str, list[float]] = {label: [] for label in networks}

@@ -12,8 +12,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ppsr.errors import UserError
+from ppsr.images import FORMATS, read_size, write_file
 from ppsr.masks.pure_pass import PurePass
-from ppsr.pictures.imageio import FORMATS, read_size, write_file
 from ppsr.pictures.upscaler import Stats, Upscaler
 
 __all__ = ['EXTENSIONS', 'STREAM', 'Job', 'Summary', 'plan_jobs', 'run_jobs']

@@ -5,14 +5,14 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from basicsr.metrics import calculate_psnr, calculate_ssim
 
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.errors import UserError
+from ppsr.images import as_rgb
+from ppsr.metrics import psnr_ssim
 from ppsr.pictures.upscaler import Stats, Upscaler
-from ppsr.pictures.visualize import as_rgb
 
-__all__ = ['Result', 'compare', 'psnr_ssim', 'table']
+__all__ = ['Result', 'compare', 'table']
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,6 @@ class Result:
         if self.psnr is None:
             return ''
         return f'{self.psnr:.2f} dB' + ('' if self.ssim is None else f' / {self.ssim:.4f}')
-
-
-def psnr_ssim(image: np.ndarray, gt: np.ndarray, crop: int) -> tuple[float | None, float | None]:
-    """The benchmark protocol on (H, W, 3) RGB uint8: Y channel, `crop` pixels off each side; None where too small."""
-    sides = [side - 2 * crop for side in gt.shape[:2]]
-    a, b = image[..., ::-1], gt[..., ::-1]  # basicsr's are BGR
-    psnr = calculate_psnr(a, b, crop, test_y_channel=True) if min(sides) > 0 else None
-    ssim = calculate_ssim(a, b, crop, test_y_channel=True) if min(sides) > 10 else None  # an 11×11 window
-    return psnr, ssim
 
 
 def compare(lq: np.ndarray, upscalers: dict[str, Upscaler], gt: np.ndarray | None = None) -> list[Result]:

@@ -25,8 +25,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ppsr.errors import UserError
-from ppsr.pictures import memory
-from ppsr.pictures.imageio import (
+from ppsr.images import (
+    LUMA,
     MODES,
     Picture,
     atomic_file,
@@ -38,6 +38,7 @@ from ppsr.pictures.imageio import (
     to_pil,
     write_picture,
 )
+from ppsr.pictures import memory
 from ppsr.tiling import (
     DEFAULT_OVERLAP,
     Totals,
@@ -53,7 +54,6 @@ __all__ = ['DTYPES', 'Stats', 'Upscaler', 'resolve_device', 'resolve_dtype']
 
 OUTSCALES = (0.01, 100.0)  # factors that make sense; beyond, only numbers that nobody meant
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, for gray pictures
 
 # A network is only measured when this many bytes per input pixel do not fit; three times what PP-ATD-light at ×4 was
 # measured to need (docs/upscale.md).

@@ -4,34 +4,17 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ppsr.errors import UserError
+from ppsr.images import LUMA, as_rgb, to_tensor
 from ppsr.masks.pure_pass import classify_pixels, color_centers
 
-__all__ = ['Panel', 'as_rgb', 'comparison', 'difference', 'enlarge_nearest', 'mask_overlay', 'network_mask', 'panels']
+__all__ = ['Panel', 'comparison', 'difference', 'enlarge_nearest', 'mask_overlay', 'network_mask', 'panels']
 
 TINT = 0.55  # share of the centre's colour in a pure pixel
 BAND_ROWS = 256  # labels are computed in float64 for K centres at once: a band at a time
-
-
-def as_rgb(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 1 to 4) uint8 or uint16 -> (H, W, 3) uint8; transparency over white."""
-    if pixels.dtype == np.uint16:
-        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    colour = pixels[..., :-1] if pixels.shape[2] in (2, 4) else pixels
-    colour = np.broadcast_to(colour, (*colour.shape[:2], 3))
-    if pixels.shape[2] in (2, 4):
-        alpha = pixels[..., -1:].astype(np.float32) / 255
-        colour = np.rint(colour * alpha + 255 * (1 - alpha)).astype(np.uint8)
-    return np.ascontiguousarray(colour)
-
-
-def to_tensor(rgb: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (1, 3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(rgb.transpose(2, 0, 1).astype(np.float32) / 255)[None]
 
 
 def network_mask(rgb: np.ndarray, pure_pass, window_size: int = 16) -> np.ndarray:
@@ -79,7 +62,7 @@ def mask_overlay(pixels: np.ndarray, pure: np.ndarray, num_centers: int = 8) -> 
     for top in range(0, pure.shape[0], BAND_ROWS):
         rows = slice(top, top + BAND_ROWS)
         rgb = as_rgb(pixels[rows])
-        gray = rgb.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+        gray = rgb.astype(np.float32) @ LUMA
         labels = classify_pixels(to_tensor(rgb), num_centers)[0].numpy()
         # the tint keeps the brightness of the image, so that its shapes stay recognisable
         tinted = (1 - TINT) * gray[..., None] + TINT * centers[labels]

@@ -192,9 +192,9 @@ def test_decompression_bombs_are_refused_before_memory_is_taken(tmp_path):
         assert (tmp_path / f'{name}.png').stat().st_size < 10_000
     code = """
         import pathlib, resource
-        from ppsr.data.images import decode_rgb
+        from ppsr.images import decode_rgb
         from ppsr.errors import UserError
-        from ppsr.pictures.imageio import read_picture
+        from ppsr.images import read_picture
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for path in sorted(pathlib.Path('.').glob('*.png')):
             for read in (read_picture, lambda path: decode_rgb(path.read_bytes(), str(path))):

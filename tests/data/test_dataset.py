@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ppsr.data.checks import check_datasets
-from ppsr.data.images import DataError, decode_rgb, image_size
 from ppsr.data.lmdb_store import build_lmdb, open_lmdb
 from ppsr.data.paired_sr_dataset import PairedSRDataset
-from ppsr.errors import UserError
+from ppsr.errors import DataError, UserError
+from ppsr.images import decode_rgb, image_size
 
 SCALE = 2
 

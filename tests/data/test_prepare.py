@@ -18,10 +18,10 @@ from PIL import Image
 from ppsr.cli import main
 from ppsr.data import demo
 from ppsr.data.bicubic import imresize_bicubic, modcrop
-from ppsr.data.images import list_images
 from ppsr.data.layout import find_sources
 from ppsr.data.paired_sr_dataset import PairedSRDataset
 from ppsr.data.prepare import Grid, sub_image_boxes
+from ppsr.images import list_images
 
 
 def save(path, height, width, mode='RGB', seed=0):

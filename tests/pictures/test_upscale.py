@@ -22,9 +22,9 @@ from ppsr import tiling
 from ppsr.archs import ATDLight, PPATDLight
 from ppsr.cli import main
 from ppsr.errors import UserError
+from ppsr.images import read_picture, write_file
 from ppsr.pictures import memory, upscaler
 from ppsr.pictures.batch import STREAM, Job, plan_jobs
-from ppsr.pictures.imageio import read_picture, write_file
 from ppsr.pictures.upscaler import Upscaler, resize_bands
 from ppsr.weights import save_checkpoint
 

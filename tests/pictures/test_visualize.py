@@ -9,12 +9,12 @@ from ppsr.archs.atd_light_arch import mirror_pad
 from ppsr.cli import main
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.errors import UserError
+from ppsr.images import as_rgb, read_picture, write_file
 from ppsr.masks.pure_pass import PurePass
 from ppsr.pictures import visualize
 from ppsr.pictures.compare import compare, psnr_ssim, table
-from ppsr.pictures.imageio import read_picture, write_file
 from ppsr.pictures.upscaler import Upscaler
-from ppsr.pictures.visualize import Panel, as_rgb, comparison, difference, mask_overlay, network_mask, panels
+from ppsr.pictures.visualize import Panel, comparison, difference, mask_overlay, network_mask, panels
 from ppsr.weights import save_checkpoint
 
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
 from ppsr.errors import UserError
-from ppsr.pictures import imageio
-from ppsr.pictures.imageio import (
+from ppsr.images import (
     Picture,
     atomic_file,
+    format_of,
     from_pil,
     read_picture,
     read_size,
@@ -27,6 +27,7 @@ from ppsr.pictures.imageio import (
     write_file,
     write_picture,
 )
+from ppsr.images.png import chunk
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 
@@ -203,9 +204,9 @@ def test_pillow_has_no_16_bit_colour():
 def _png_header(width, height):
     file = io.BytesIO(b'\x89PNG\r\n\x1a\n')
     file.seek(8)
-    imageio._chunk(file, b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0))
-    imageio._chunk(file, b'IDAT', zlib.compress(b''))
-    imageio._chunk(file, b'IEND', b'')
+    chunk(file, b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0))
+    chunk(file, b'IDAT', zlib.compress(b''))
+    chunk(file, b'IEND', b'')
     return file.getvalue()
 
 
@@ -298,4 +299,4 @@ def test_no_permission_is_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='no permission'):
         write_file(tmp_path / 'x.png', picture())
     with pytest.raises(UserError, match='cannot write that kind'):
-        imageio.format_of('x.bmp')
+        format_of('x.bmp')

@@ -1,0 +1,42 @@
+"""Images: as arrays and tensors (:mod:`arrays`), read (:mod:`decode`), written (:mod:`encode`, :mod:`png`)."""
+
+from ppsr.images.arrays import LUMA, MODES, as_rgb, to_8_bits, to_image, to_tensor, turn
+from ppsr.images.decode import (
+    Picture,
+    decode_rgb,
+    describe_conversion,
+    from_pil,
+    image_size,
+    read_picture,
+    read_size,
+    to_pil,
+)
+from ppsr.images.encode import atomic_file, check_format, write_file, write_picture, write_png
+from ppsr.images.formats import FORMATS, IMAGE_SUFFIXES, format_of, list_images
+
+__all__ = [
+    'FORMATS',
+    'IMAGE_SUFFIXES',
+    'LUMA',
+    'MODES',
+    'Picture',
+    'as_rgb',
+    'atomic_file',
+    'check_format',
+    'decode_rgb',
+    'describe_conversion',
+    'format_of',
+    'from_pil',
+    'image_size',
+    'list_images',
+    'read_picture',
+    'read_size',
+    'to_8_bits',
+    'to_image',
+    'to_pil',
+    'to_tensor',
+    'turn',
+    'write_file',
+    'write_picture',
+    'write_png',
+]
