@@ -87,6 +87,7 @@ setup(
         'scipy<2',  # basicsr imports scipy.ndimage.filters, which SciPy 2 drops
         'opencv-python',
         'pyyaml',
+        'pydantic>=2.11',
         'lmdb',
         'timm',
         'safetensors',

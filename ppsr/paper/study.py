@@ -5,11 +5,11 @@ optimizer; networks with the same parameters also start from the same values. Qu
 weights. A run that is complete is not repeated; an interrupted study goes on with the run that it was in.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -25,44 +25,81 @@ from ppsr.images import to_tensor
 from ppsr.paper.complexity import build_network, count_parameters
 from ppsr.paper.measure import Cache, evaluate, file_hash, quality
 from ppsr.paper.report import Table
-from ppsr.training.options import PLAIN_NAME, read_yaml
+from ppsr.schema import (
+    Choice,
+    Each,
+    Either,
+    FileName,
+    FilePath,
+    Nested,
+    Section,
+    Several,
+    Whole,
+    check,
+    show,
+)
+from ppsr.training import schema
+from ppsr.training.options import read_yaml
 from ppsr.weights import load_model, save_checkpoint
 
 __all__ = ['load_study', 'patches', 'run', 'study_table']
 
-KEYS = ('name', 'scale', 'num_gpu', 'seeds', 'common', 'networks', 'data', 'train')
-DATA_KEYS = ('train', 'test', 'lq_size', 'batch_size')
+BICUBIC = 'bicubic'  # a row of every table
 TIMED_PASSES = 3  # of every network over a test set; the fastest counts
 
 Pair = tuple[np.ndarray, np.ndarray]
 
 
+class Data(Section):
+    """data of a study"""
+
+    train: Annotated[list, Several(FilePath()), 'folders of training images']
+    test: Annotated[list, Several(FilePath()), 'folders of test images']
+    lq_size: Annotated[int, Whole(1, 4096), 'side of an LQ patch']
+    batch_size: Annotated[int, Whole(1, 65536), 'patches in a batch']
+
+
+class Study(Section):
+    """Top level of a study"""
+
+    name: Annotated[str, FileName(), 'of the study']
+    scale: Annotated[int, Whole(1, 16), 'enlargement']
+    num_gpu: Annotated[int | str, Either(Whole(0, 1024), Choice('auto')), '0: CPU; one is used at most'] = 'auto'
+    seeds: Annotated[list, Several(Whole(0, schema.MAX_SEED)), 'a run of every network for each']
+    common: Annotated[dict, schema.Mapped(), "arguments of all networks; a network's own win"] = {}
+    networks: Annotated[dict, Each(schema.Mapped(), least=1), 'label: type and arguments; the first is compared with']
+    data: Annotated[dict, Nested(Data), 'what is trained and tested on']
+    train: Annotated[dict, Nested(schema.Train), 'as in every options file']
+
+    @classmethod
+    def together(cls, values, where):
+        if len(set(values['seeds'])) != len(values['seeds']):
+            raise UserError(f'{where} seeds must differ, not {show(values["seeds"])}.')
+        for label in values['networks']:
+            place = f'{where} networks → {show(label)}'
+            FileName()(label, place)
+            if label == BICUBIC:
+                raise UserError(f'{place} is the name of another row of the table; give it another.')
+
+
 def load_study(path: str | Path) -> dict:
-    """The options of a study, checked.
+    """The options of a study, checked; ``train`` is as it was written, so that a new option repeats no run.
 
     Raises:
-        UserError: a key that is missing or unknown, or a network that cannot be built.
+        UserError: anything wrong that can be seen without opening an image: a key that is missing, unknown or out of
+            its range, or a network that cannot be built.
     """
-    opt = read_yaml(path)
-    _check_keys(opt, KEYS, f'study {path}')
-    _check_keys(opt['data'], DATA_KEYS, f'study {path}: data')
-    if not opt['networks'] or not opt['seeds'] or len(set(opt['seeds'])) != len(opt['seeds']):
-        raise UserError(f'study {path}: it needs networks, and seeds that differ.')
-    for name in (opt['name'], *opt['networks']):
-        if not PLAIN_NAME.fullmatch(str(name)):
-            raise UserError(f'study {path}: {name!r} becomes a file name; use letters, digits and _ + @ = , . - only.')
+    given = read_yaml(path)
+    where = f'study {path}:'
+    opt = check(Study, given, where)
+    opt['train'] = given['train']
     for label, own in opt['networks'].items():
-        opt['networks'][label] = own | opt['common'] | {'upscale': opt['scale']}
-        build_network(opt['networks'][label], f'study {path}: networks → {label}')
+        place = f'{where} networks → {label}'
+        if own.get('upscale', opt['scale']) != opt['scale']:
+            raise UserError(f'{place} → upscale is {show(own["upscale"])} but the scale of the study {opt["scale"]}.')
+        opt['networks'][label] = opt['common'] | own | {'upscale': opt['scale']}
+        build_network(opt['networks'][label], place)
     return opt
-
-
-def _check_keys(section, keys: tuple[str, ...], where: str) -> None:
-    if not isinstance(section, dict):
-        raise UserError(f'{where} must be a mapping, not {section!r}.')
-    missing, unknown = [k for k in keys if k not in section], [k for k in section if k not in keys]
-    if missing or unknown:
-        raise UserError(f'{where}: {"lacks" if missing else "knows no"} {", ".join(missing or map(str, unknown))}.')
 
 
 def _read(folders: list[str], scale: int) -> dict[str, list[Pair]]:
@@ -102,8 +139,10 @@ def patches(pairs: list[Pair], scale: int, lq_size: int, batch_size: int, seed: 
         yield {'lq': lq, 'gt': gt}
 
 
-def _train(opt: dict, label: str, seed: int, pairs: list[Pair]) -> tuple[torch.nn.Module, float]:
-    """The EMA network of one run in eval mode, and the seconds that its training took."""
+def _train(opt: dict, label: str, seed: int, pairs: list[Pair], folder: Path) -> tuple[torch.nn.Module, float]:
+    """The EMA network of one run in eval mode, and the seconds that its training took; losses that were not finite are
+    noted in `folder`."""
+    train = check(schema.Train, opt['train'], 'train')
     set_random_seed(seed)
     gpus = torch.cuda.device_count() if opt['num_gpu'] == 'auto' else opt['num_gpu']
     model = build_model(
@@ -117,13 +156,13 @@ def _train(opt: dict, label: str, seed: int, pairs: list[Pair]) -> tuple[torch.n
             'rank': 0,
             'world_size': 1,
             'network_g': dict(opt['networks'][label]),
-            'path': {},
-            'train': json.loads(json.dumps(opt['train'])),  # basicsr takes entries out of it
+            'path': {'log': str(folder)},
+            'train': train,  # basicsr takes entries out of a copy
             'val': None,
             'logger': {},
         }
     )
-    steps, warmup = opt['train']['total_iter'], opt['train'].get('warmup_iter', -1)
+    steps, warmup = train['total_iter'], train['warmup_iter']
     batches = patches(pairs, opt['scale'], opt['data']['lq_size'], opt['data']['batch_size'], seed)
     start = time.perf_counter()
     with tqdm(range(1, steps + 1), desc=f'{label}, seed {seed}', leave=False, disable=None) as progress:
@@ -157,7 +196,7 @@ def _seconds(opt: dict, images: list[Pair], folder: Path) -> dict[str, float]:
 
 
 def _run_one(opt: dict, label: str, seed: int, train: list[Pair], test: dict[str, list[Pair]], folder: Path) -> dict:
-    net, seconds = _train(opt, label, seed, train)
+    net, seconds = _train(opt, label, seed, train, folder)
     save_checkpoint(folder / f'{label}_{seed}.safetensors', net.state_dict(), opt['networks'][label])
     results = {'parameters': count_parameters(net), 'train_seconds': seconds, 'test': {}}
     for name, images in test.items():
@@ -210,7 +249,7 @@ def run(opt: dict, folder: str | Path) -> dict[tuple[str, int], dict]:
         name: [quality(imresize_bicubic(lq, scale, up=True), gt, scale) for lq, gt in images]
         for name, images in test.items()
     }
-    found['bicubic', 0] = {
+    found[BICUBIC, 0] = {
         'test': {name: {key: mean(r[key] for r in rs) for key in ('psnr', 'ssim')} for name, rs in bicubic.items()}
     }
     return found
@@ -225,8 +264,8 @@ def study_table(opt: dict, found: dict[tuple[str, int], dict]) -> Table:
     by seed."""
     rows = []
     first = next(iter(opt['networks']))
-    for name, bicubic in found['bicubic', 0]['test'].items():
-        rows.append([name, 'bicubic', None, None, None, None, f'{bicubic["psnr"]:.3f}', None])
+    for name, bicubic in found[BICUBIC, 0]['test'].items():
+        rows.append([name, BICUBIC, None, None, None, None, f'{bicubic["psnr"]:.3f}', None])
         for label in opt['networks']:
             runs = [found[label, seed] for seed in opt['seeds']]
             tests = [one['test'][name] for one in runs]

@@ -33,6 +33,8 @@ OPTIONS = {
     },
 }
 
+NAN = torch.full((1, 3, 16, 16), torch.nan)
+
 
 @pytest.fixture
 def options(tmp_path, monkeypatch):
@@ -92,7 +94,7 @@ def test_study_runs_once_and_is_taken_up_again(options, tmp_path, monkeypatch, c
         main(['study', '-opt', str(options)])
 
 
-def test_networks_with_equal_parameters_start_equal_and_see_the_same(options, monkeypatch):
+def test_networks_with_equal_parameters_start_equal_and_see_the_same(options, tmp_path, monkeypatch):
     opt = study.load_study(options)
     seen = {}
     feed = study.patches
@@ -107,7 +109,7 @@ def test_networks_with_equal_parameters_start_equal_and_see_the_same(options, mo
     pairs = study._read(['train'], 2)['train']
     states = {}
     for label in ('dense', 'pure', 'camixer'):
-        net, seconds = study._train(opt, label, 0, pairs)
+        net, seconds = study._train(opt, label, 0, pairs, tmp_path)
         states[label] = net.state_dict()
         assert seconds > 0 and not net.training
     assert seen['dense'] == seen['pure'] == seen['camixer'] and len(seen['dense']) == 3
@@ -115,13 +117,13 @@ def test_networks_with_equal_parameters_start_equal_and_see_the_same(options, mo
     assert opt == study.load_study(options) | {'train': opt['train']}
 
 
-def test_training_learns(options):
+def test_training_learns(options, tmp_path):
     opt = study.load_study(options)
     pairs = study._read(['train'], 2)['train']
     errors = []
     for steps in (1, 60):
         opt['train'] |= {'total_iter': steps, 'ema_decay': 0}
-        net, _ = study._train(opt, 'pure', 0, pairs)
+        net, _ = study._train(opt, 'pure', 0, pairs, tmp_path)
         records = [study.evaluate(net, lq, gt)['psnr'] for lq, gt in pairs]
         errors.append(sum(records) / len(records))
     assert errors[1] > errors[0] + 1
@@ -147,6 +149,60 @@ def test_table_by_hand():
         ['Set5', 'a', '1,000', '25.0', '2.000', '0.500', '30.500 ± 0.707', ''],
         ['Set5', 'b', '1,000', '25.0', '2.000', '0.500', '30.700 ± 0.849', '+0.200 ± 0.141'],
     ]
+
+
+@pytest.mark.parametrize(
+    ('keys', 'value', 'words'),
+    [
+        ('seeds', 5, 'seeds must be a list of some, each a whole number'),
+        ('seeds', ['a'], 'seeds must be a list'),
+        ('seeds', [-1], 'seeds must be a list'),
+        ('seeds', [1.5], 'seeds must be a list'),
+        ('num_gpu', 'x', "num_gpu must be a whole number from 0 to 1024 or auto, not 'x'"),
+        ('num_gpu', -1, 'num_gpu must be a whole number'),
+        ('name', 5, '5 becomes a file name'),
+        ('common', [], 'common must be a mapping of options, not []'),
+        ('common', {'embed_dimm': 8}, "takes no option 'embed_dimm' (did you mean embed_dim?)"),
+        ('networks', {}, 'networks must be a mapping'),
+        ('networks:bicubic', {'type': 'ATDLight'}, "networks → 'bicubic' is the name of another row"),
+        ('networks:dense:upscale', 3, 'networks → dense → upscale is 3 but the scale of the study 2'),
+        ('data:lq_size', 0, 'data → lq_size must be a whole number from 1 to 4096, not 0'),
+        ('data:lq_size', 1.5, 'data → lq_size must be a whole number'),
+        ('data:batch_size', 0, 'data → batch_size must be a whole number'),
+        ('data:batch_size', 'a', 'data → batch_size must be a whole number'),
+        ('data:batch_size', 10**9, 'data → batch_size must be a whole number'),
+        ('train:warmup_iters', 3, "train: unknown option 'warmup_iters' (did you mean warmup_iter?)"),
+        ('train:ema_decay', 2, 'train → ema_decay must be a number of at least 0 and below 1, not 2'),
+        ('train:total_iter', 0, 'train → total_iter must be a whole number'),
+    ],
+    ids=str,
+)
+def test_options_of_the_study_are_checked_as_those_of_a_training(options, keys, value, words):
+    opt = yaml.safe_load(options.read_text())
+    node, *rest = opt, *keys.split(':')
+    for key in rest[:-1]:
+        node = node[key]
+    node[rest[-1]] = value
+    options.write_text(yaml.safe_dump(opt))
+    with pytest.raises(UserError) as e:
+        study.load_study(options)
+    assert words in str(e.value) and '\n' not in str(e.value)
+
+
+def test_settings_of_a_network_win_over_common_ones(options):
+    change(options, networks={'small': {'type': 'ATDLight', 'embed_dim': 4}, 'other': {'type': 'ATDLight'}})
+    networks = study.load_study(options)['networks']
+    assert [network['embed_dim'] for network in networks.values()] == [4, 8]
+
+
+def test_losses_that_are_not_finite_are_noted(options, tmp_path, monkeypatch):
+    """And no error but the one sentence that the training ends with."""
+    opt = study.load_study(options)
+    opt['train'] |= {'max_nonfinite': 2}
+    monkeypatch.setattr(study, 'patches', lambda *_: itertools.repeat({'lq': torch.zeros(1, 3, 8, 8), 'gt': NAN}))
+    with pytest.raises(UserError, match='not finite 2 times'):
+        study._train(opt, 'dense', 0, [], tmp_path)
+    assert len((tmp_path / 'nonfinite.jsonl').read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
