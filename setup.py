@@ -14,7 +14,7 @@ exec((here / 'ppsr' / 'version.py').read_text(), about)
 
 NATIVE = 'ppsr/ops/native'
 X86_64 = platform.machine().lower() in ('x86_64', 'amd64')
-LOOPS = ['runtime', 'attention', 'layers']
+LOOPS = ['runtime', 'groups', 'windows', 'categories', 'layers']
 # compiled once for each of the targets; the library takes the best one that the processor has
 KERNELS = ['attention_kernels', 'layer_kernels']
 TARGETS = {'baseline': []}
@@ -74,7 +74,7 @@ setup(
         Extension(
             'ppsr.ops.native.libppsr',
             paths(LOOPS + KERNELS),
-            depends=paths(['kernels', 'products', 'runtime', 'simd'], '.h'),
+            depends=paths(['groups', 'kernels', 'products', 'runtime', 'simd'], '.h'),
             optional=True,  # without a compiler the package still installs
         )
     ],

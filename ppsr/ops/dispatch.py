@@ -11,7 +11,7 @@ name          what it is                                              runs on
 ``triton``     Triton kernels                                         CUDA, float32/float16/bfloat16
 ============  ======================================================  ===================
 
-``native`` also takes over what stands between the attentions where no gradient is wanted (:mod:`ppsr.ops.layers`).
+``native`` also takes over what stands between the attentions where no gradient is wanted (:mod:`ppsr.ops.eligibility`).
 
 Unless told otherwise the fastest one that can run the given tensors is taken. ``PPSR_BACKEND=name`` (environment) or
 ``with use_backend(name)`` (code) asks for one by name; where that one cannot run the given tensors, an error says why.
@@ -21,48 +21,75 @@ import contextlib
 import functools
 import importlib
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
 from ppsr.errors import UserError
+from ppsr.ops import native
 
-__all__ = ['BACKENDS', 'available', 'select', 'use_backend']
+__all__ = ['BACKENDS', 'available', 'choose', 'select', 'use_backend']
 
-BACKENDS = ('native', 'triton', 'torch', 'reference')  # in order of preference
+
+@dataclass(frozen=True)
+class Backend:
+    """What is to be known of a backend; its modules are found by its name beside each operator."""
+
+    missing: Callable[[], str | None] = lambda: None  # why it is not usable in this installation, or None
+    dtypes: tuple[torch.dtype, ...] = ()  # that it takes; empty: any
+    devices: Callable[[], tuple[str, ...]] = lambda: ()  # types of device that it takes; empty: any
+    automatic: Callable[[torch.device], bool] = lambda device: True  # whether it may be taken without being asked for
+    takes: str = ''  # dtypes and devices in words
+
+
+def _interpreted() -> bool:
+    return os.environ.get('TRITON_INTERPRET') == '1'
+
+
+def _triton_missing() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return 'triton is not installed (pip install triton; it comes with the CUDA builds of torch)'
+    return None if torch.cuda.is_available() or _interpreted() else 'no CUDA device is visible'
+
+
+BACKENDS = {  # in order of preference
+    'native': Backend(
+        missing=native.unavailable_reason,
+        dtypes=(torch.float32,),
+        devices=lambda: ('cpu',),
+        takes='float32 on the CPU',
+    ),
+    'triton': Backend(
+        missing=_triton_missing,
+        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        devices=lambda: () if _interpreted() else ('cuda',),
+        automatic=lambda device: device.type == 'cuda',  # the interpreter is for testing a kernel by name
+        takes='float32, float16 and bfloat16 on CUDA devices',
+    ),
+    'torch': Backend(),
+    'reference': Backend(),
+}
 _forced: str | None = None  # set by use_backend; wins over the environment
 
 
 @functools.cache
 def available(name: str) -> str | None:
     """Why backend `name` is not usable in this installation, or None if it is."""
-    if name == 'native':
-        from ppsr.ops import native
-
-        return native.unavailable_reason()
-    if name == 'triton':
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            return 'triton is not installed (pip install triton; it comes with the CUDA builds of torch)'
-        if not torch.cuda.is_available() and os.environ.get('TRITON_INTERPRET') != '1':
-            return 'no CUDA device is visible'
-    return None
+    return BACKENDS[name].missing()
 
 
 def _refusal(name: str, x: torch.Tensor) -> str | None:
     """Why backend `name` cannot take tensor `x`, or None if it can."""
-    reason = available(name)
+    backend, reason = BACKENDS[name], available(name)
     if reason is not None:
         return reason
-    if name == 'native' and (x.device.type != 'cpu' or x.dtype != torch.float32):
-        return f'it takes float32 on the CPU, not {str(x.dtype)[6:]} on {x.device.type}'
-    if name == 'triton':
-        interpreted = os.environ.get('TRITON_INTERPRET') == '1'
-        if x.device.type != 'cuda' and not interpreted:
-            return f'it takes CUDA tensors, not {x.device.type}'
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f'it takes float32, float16 and bfloat16, not {str(x.dtype)[6:]}'
+    devices = backend.devices()
+    if (backend.dtypes and x.dtype not in backend.dtypes) or (devices and x.device.type not in devices):
+        return f'it takes {backend.takes}, not {str(x.dtype)[6:]} on {x.device.type}'
     return None
 
 
@@ -86,13 +113,7 @@ def choose(x: torch.Tensor) -> str:
         if refusal is not None:
             raise UserError(f'backend {name!r} was asked for but cannot run here: {refusal}.')
         return name
-    for name in BACKENDS:
-        # the interpreter is for testing a kernel by name, never an automatic choice
-        if name == 'triton' and x.device.type != 'cuda':
-            continue
-        if _refusal(name, x) is None:
-            return name
-    raise AssertionError('the torch backend takes every tensor')
+    return next(name for name in BACKENDS if BACKENDS[name].automatic(x.device) and _refusal(name, x) is None)
 
 
 def select(op: str, x: torch.Tensor) -> ModuleType:

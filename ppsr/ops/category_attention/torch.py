@@ -1,7 +1,7 @@
 """Masked category attention in PyTorch for any device and dtype.
 
-A few groups at a time are gathered into a small buffer and go through fused attention (:mod:`ppsr.ops.fused`), so that
-neither a sorted copy of qkv nor the probabilities of a whole image ever exist. The groups that are full are uniform;
+A few groups at a time are gathered into a small buffer and go through :mod:`ppsr.ops.torch_attention`, so that neither
+a sorted copy of qkv nor the probabilities of a whole image ever exist. The groups that are full are uniform;
 the last one, where it is not, has fewer queries than keys: the places that the definition fills up are keys only. The
 scale and the number of active tokens are read by the host: on a GPU that synchronises.
 """
@@ -9,7 +9,7 @@ scale and the number of active tokens are read by the host: on a GPU that synchr
 import torch
 from torch import Tensor
 
-from ppsr.ops import fused
+from ppsr.ops import torch_attention
 from ppsr.ops.category_attention.reference import group_index, sort_tokens
 
 __all__ = ['backward', 'forward']
@@ -54,7 +54,7 @@ def forward(qkv, category, pure, scale, num_heads, category_size, keep):
     batch, total, c3 = qkv.shape
     order, counts = sort_tokens(category, pure)
     out = qkv.new_empty(batch, total, c3 // 3)
-    lse = torch.empty(batch, num_heads, total, dtype=fused.wide(qkv.dtype), device=qkv.device)
+    lse = torch.empty(batch, num_heads, total, dtype=torch_attention.wide(qkv.dtype), device=qkv.device)
     buffer = _buffer(qkv, min(total, category_size))
     for b, n in enumerate(counts.tolist()):
         tokens, pure_tokens = order[b].long().tensor_split([n])
@@ -65,7 +65,7 @@ def forward(qkv, category, pure, scale, num_heads, category_size, keep):
             continue
         for groups, asked, part in _chunks(tokens, category_size):
             q, k, v = _gather(qkv[b], part, groups, num_heads, buffer)
-            o, part_lse = fused.attention(q[:, :, :asked], k, v, scale)
+            o, part_lse = torch_attention.attention(q[:, :, :asked], k, v, scale)
             queries = part[: groups * asked]
             out[b].index_copy_(0, queries, _rows(o))
             lse[b].index_copy_(1, queries, part_lse.transpose(0, 1).flatten(1))
@@ -77,7 +77,7 @@ def backward(grad_out, qkv, out, lse, order, counts, scale, num_heads, category_
     grad_qkv = torch.empty_like(qkv)
     grad_scale = torch.zeros((), dtype=lse.dtype, device=qkv.device)
     size = min(total, category_size)
-    buffer, probabilities = _buffer(qkv, size), fused.buffers(qkv, num_heads * size**2)
+    buffer, probabilities = _buffer(qkv, size), torch_attention.buffers(qkv, num_heads * size**2)
     for b, n in enumerate(counts.tolist()):
         tokens, pure_tokens = order[b].long().tensor_split([n])
         if n < total:
@@ -92,7 +92,7 @@ def backward(grad_out, qkv, out, lse, order, counts, scale, num_heads, category_
             queries, extra = part.tensor_split([groups * asked])
             o, do = (_heads(x[b].index_select(0, queries), groups, num_heads) for x in (out, grad_out))
             part_lse = lse[b].index_select(1, queries).unflatten(1, (groups, -1)).transpose(0, 1)
-            dq, dk, dv = fused.attention_backward(do, q, k, v, o, part_lse, scale, probabilities)
+            dq, dk, dv = torch_attention.attention_backward(do, q, k, v, o, part_lse, scale, probabilities)
             grad_scale += (dq * q).sum()
             dq, dk, dv = _rows(dq.mul_(scale)), _rows(dk), _rows(dv)
             m = queries.numel()

@@ -1,11 +1,12 @@
 """Compiled CPU kernels (float32): the library that setup.py builds from the C files here.
 
-``attention.c`` holds the loops over windows and category groups, ``layers.c`` those over everything else in a layer,
-``runtime.c`` threads and memory. The kernels inside the loops, ``attention_kernels.c`` and ``layer_kernels.c``, are
-compiled once for each instruction set (the best one that the processor has is taken at load time); ``products.h`` and
-``simd.h`` hold what they are made of, ``kernels.h`` is the interface between kernels and loops. It is
-plain C behind ctypes, without headers of torch or Python: one build serves every version of both, and calls release
-the GIL. Where there was no C compiler the library is missing, and the ``torch`` backend runs instead.
+``windows.c`` and ``categories.c`` hold the loops over windows and category groups, ``groups.c`` what these two share,
+``layers.c`` the loops over everything else in a layer, ``runtime.c`` threads and memory. The kernels inside the loops,
+``attention_kernels.c`` and ``layer_kernels.c``, are compiled once for each instruction set (the best one that the
+processor has is taken at load time); ``products.h`` and ``simd.h`` hold what they are made of, ``kernels.h`` is the
+interface between kernels and loops. It is plain C behind ctypes, without headers of torch or Python: one build serves
+every version of both, and calls release the GIL. Where there was no C compiler the library is missing, and the
+``torch`` backend runs instead.
 """
 
 import ctypes
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ['call', 'library', 'set_target', 'target', 'targets', 'unavailable_reason']
+__all__ = ['call', 'library', 'ready', 'require', 'set_target', 'target', 'targets', 'unavailable_reason']
 
 LIBRARY = Path(__file__).with_name('libppsr.so')
 
@@ -106,6 +107,18 @@ def targets() -> list[str]:
 def set_target(name: str | None) -> bool:
     """Use another instruction set, process-wide (None: the best one). False, and no change, if there is no such."""
     return library().ppsr_set_target(name.encode() if name else None) == 0
+
+
+def require(condition: bool, what: str) -> None:
+    """ValueError 'the operator takes …' unless the condition holds: C reads what it is given."""
+    if not condition:
+        raise ValueError(f'the operator takes {what}')
+
+
+def ready(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors as C reads them: contiguous; ValueError for one that is empty or not float32."""
+    require(all(t.dtype == torch.float32 and t.numel() for t in tensors), 'float32 tensors that are not empty')
+    return [t.contiguous() for t in tensors]
 
 
 def call(name: str, *arguments) -> None:

@@ -15,8 +15,6 @@
 
 #include "products.h"
 
-#define LOG2_E 1.44269504088896341
-
 /* Copies rows of a head side by side. */
 INLINE void pack(int64_t n, int64_t dim, const float *x, int64_t stride, const int32_t *token, float *packed) {
     for (int64_t j = 0; j < n; j++)
@@ -161,10 +159,13 @@ INLINE void backward_of(const struct attention *a, const int64_t dim) {
     if (a->grad_scale) *a->grad_scale = grad_scale;
 }
 
-/* The head dim of ATD-light gets code of its own, where it is a constant: no loops over it, no address arithmetic. */
+/* The head dims of ATD-light and of its second version get code of their own, where they are constants: no loops over
+ * them, no address arithmetic. */
 static void forward(const struct attention *a) {
     if (a->dim == 12)
         forward_of(a, 12);
+    else if (a->dim == 16)
+        forward_of(a, 16);
     else
         forward_of(a, a->dim);
 }
@@ -172,6 +173,8 @@ static void forward(const struct attention *a) {
 static void backward(const struct attention *a) {
     if (a->dim == 12)
         backward_of(a, 12);
+    else if (a->dim == 16)
+        backward_of(a, 16);
     else
         backward_of(a, a->dim);
 }

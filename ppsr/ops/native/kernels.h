@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#define LOG2_E 1.44269504088896341
+
 #define LANES 16 /* queries, tokens or outputs that are worked on together */
 #define TILE 96  /* keys that the backward works on together: two tiles of 96 x 16 floats stay in the L1 cache */
 

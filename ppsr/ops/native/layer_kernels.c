@@ -40,12 +40,7 @@ INLINE void linear_block(int rows, int64_t in, const float *x, const float *weig
     vf y[BLOCK][NV];
     EACH(i, rows)
         EACH(v, NV) y[i][v] = load(bias + v * VL);
-    for (int64_t k = 0; k < in; k++) {
-        vf w[NV];
-        EACH(v, NV) w[v] = load(weight + k * LANES + v * VL);
-        EACH(i, rows)
-            EACH(v, NV) y[i][v] += w[v] * x[i * in + k];
-    }
+    accumulate(rows, in, weight, x, in, 1, y);
     if (has_gelu) EACH(i, rows) EACH(v, NV) y[i][v] = gelu(y[i][v]);
     if (lanes == LANES) {
         for (int a = 0; a < 2 && part->add[a]; a++)

@@ -1,5 +1,5 @@
 /* The loops around the kernels of layers: how weights are laid out, who works on which tokens, how sums are put
- * together. The definitions are the PyTorch code in ppsr/ops/layers.py. */
+ * together. The definitions are the PyTorch code in ppsr/ops/linear.py, depthwise.py, dictionary.py. */
 
 #include <math.h>
 #include <stdlib.h>

@@ -11,12 +11,9 @@
 #define JOIN(a, b) JOIN_(a, b)
 #define FOR_TARGET(name) JOIN(name, TARGET) /* setup.py compiles the kernels once for each TARGET */
 
-/* C(i) = start(i) + sum_k A(k) * b(i, k) for `rows` <= BLOCK rows; start is NULL for zeros. */
-INLINE void product_block(int rows, int64_t depth, const float *a, const float *b, int64_t row_step, int64_t depth_step,
-                          const float *start, float *c) {
-    vf sum[BLOCK][NV];
-    EACH(i, rows)
-        EACH(v, NV) sum[i][v] = start ? load(start + i * LANES + v * VL) : splat(0);
+/* sum(i) += sum_k A(k) * b(i, k) for `rows` <= BLOCK rows, which stay in registers. */
+INLINE void accumulate(int rows, int64_t depth, const float *a, const float *b, int64_t row_step, int64_t depth_step,
+                       vf sum[BLOCK][NV]) {
     for (int64_t k = 0; k < depth; k++) {
         vf x[NV];
         EACH(v, NV) x[v] = load(a + k * LANES + v * VL);
@@ -25,6 +22,15 @@ INLINE void product_block(int rows, int64_t depth, const float *a, const float *
             EACH(v, NV) sum[i][v] += x[v] * y;
         }
     }
+}
+
+/* C(i) = start(i) + sum_k A(k) * b(i, k) for `rows` <= BLOCK rows; start is NULL for zeros. */
+INLINE void product_block(int rows, int64_t depth, const float *a, const float *b, int64_t row_step, int64_t depth_step,
+                          const float *start, float *c) {
+    vf sum[BLOCK][NV];
+    EACH(i, rows)
+        EACH(v, NV) sum[i][v] = start ? load(start + i * LANES + v * VL) : splat(0);
+    accumulate(rows, depth, a, b, row_step, depth_step, sum);
     EACH(i, rows)
         EACH(v, NV) store(c + i * LANES + v * VL, sum[i][v]);
 }

@@ -8,6 +8,8 @@
 
 #include <stdint.h>
 
+#include "kernels.h"
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #define VL 16
@@ -29,7 +31,6 @@
 #define BLOCK 3
 #endif
 
-#define LANES 16
 #define NV (LANES / VL)
 
 typedef float vf __attribute__((vector_size(VL * 4), may_alias));

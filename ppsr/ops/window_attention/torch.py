@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ppsr.ops import fused
+from ppsr.ops import torch_attention
 from ppsr.ops.window_attention.reference import relative_position_index
 
 __all__ = ['backward', 'forward']
@@ -82,14 +82,14 @@ def _table_row(window_size: int, height: int, width: int, device: torch.device) 
 def forward(qkv, bias_table, num_heads, window_size, shift):
     *shape, c3 = qkv.shape
     out = qkv.new_empty(*shape, c3 // 3)
-    lse = torch.empty(shape[0], num_heads, *shape[1:], dtype=fused.wide(qkv.dtype), device=qkv.device)
+    lse = torch.empty(shape[0], num_heads, *shape[1:], dtype=torch_attention.wide(qkv.dtype), device=qkv.device)
     scale = (c3 // 3 // num_heads) ** -0.5
     for kind in _kinds(qkv, window_size, shift):
         bias = _bias(bias_table, window_size, kind[0][1], kind[1][1], lse.dtype)
         source, target, target_lse = (_tiles(x, *kind) for x in (qkv, out, lse.permute(0, 2, 3, 1)))
         for part in _parts(source):
             q, k, v = _get(source[part], 3 * num_heads).chunk(3, 1)
-            o, part_lse = fused.attention(q, k, v, scale, bias)
+            o, part_lse = torch_attention.attention(q, k, v, scale, bias)
             _put(target[part], o)
             _put(target_lse[part], part_lse[..., None])
     return out, lse
@@ -100,7 +100,7 @@ def backward(grad_out, qkv, out, lse, bias_table, num_heads, window_size, shift)
     grad_qkv = torch.empty_like(qkv)
     grad_table = torch.zeros(bias_table.shape[::-1], dtype=lse.dtype, device=qkv.device)  # (h, offsets)
     scale = (c // num_heads) ** -0.5
-    probabilities = fused.buffers(qkv, num_heads * window_size**4)
+    probabilities = torch_attention.buffers(qkv, num_heads * window_size**4)
     for kind in _kinds(qkv, window_size, shift):
         height, width = kind[0][1], kind[1][1]
         bias = _bias(bias_table, window_size, height, width, lse.dtype)
@@ -110,7 +110,7 @@ def backward(grad_out, qkv, out, lse, bias_table, num_heads, window_size, shift)
         for part in _parts(source):
             q, k, v = _get(source[part], 3 * num_heads).chunk(3, 1)
             do, o, part_lse = (_get(x[part], num_heads) for x in (grad_source, output, source_lse))
-            dq, dk, dv = fused.attention_backward(
+            dq, dk, dv = torch_attention.attention_backward(
                 do, q, k, v, o, part_lse[..., 0], scale, probabilities, bias, grad_bias
             )
             for x, grad in zip(target[part].split(c, -1), (dq.mul_(scale), dk, dv)):

@@ -1,0 +1,43 @@
+"""Who may be fused: when a compiled kernel may stand in for the modules and the PyTorch code that define an operator.
+
+Only where nobody could tell the difference but by the clock: no gradient is wanted, nobody else rewrites the code
+(torch.compile, autocast), the tensors are ones that the kernels take, and the modules are PyTorch's own, with nobody
+waiting to be called when they run.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+
+from ppsr.ops.dispatch import choose
+
+__all__ = ['are_plain', 'kernels_take']
+
+
+def _free() -> bool:
+    """Whether operators may be fused: no gradient wanted, nobody else rewrites them, nobody watches all modules (as
+    FlopCounterMode, profilers and summaries do)."""
+    rewritten = torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu')
+    watched = global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks
+    return not (torch.is_grad_enabled() or rewritten or watched)
+
+
+def kernels_take(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors: float32 on the CPU, with something in them, no subclass of Tensor."""
+    if not _free() or any(type(t) not in (Tensor, nn.Parameter) or not t.numel() for t in tensors):
+        return False
+    alike = all(t.dtype == tensors[0].dtype and t.device == tensors[0].device for t in tensors)
+    return alike and choose(tensors[0]) == 'native'
+
+
+def are_plain(kind: type[nn.Module], *modules: nn.Module) -> bool:
+    """Whether the modules are PyTorch's own with weight and bias, nothing around them.
+
+    An adapter in their place, a patched forward or a hook (profilers, offloading) wants to be called.
+    """
+    return _free() and all(
+        type(m) is kind
+        and type(m.weight) is type(m.bias) is nn.Parameter
+        and not (m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m))
+        for m in modules
+    )

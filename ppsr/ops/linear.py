@@ -1,0 +1,80 @@
+"""Linear layers with what stands beside them: a LayerNorm in front, a GELU or additions behind, two layers at once.
+
+The definition is what :func:`norm_linear` and :func:`linear_add` end with, a few lines of PyTorch. Where the kernels
+may take over (:mod:`ppsr.ops.eligibility`), ``ppsr::linear`` does the same in one pass.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+from ppsr.ops.eligibility import are_plain, kernels_take
+from ppsr.ops.native import call, ready, require
+
+__all__ = ['linear_add', 'norm_linear']
+
+
+@torch.library.custom_op(
+    'ppsr::linear',
+    mutates_args=(),
+    device_types='cpu',
+    schema='(Tensor x, Tensor[] norm, float eps, Tensor[] weights, Tensor[] biases, Tensor[] add, bool gelu)'
+    ' -> Tensor[]',  # torch 2.4 does not understand the annotations
+)
+def _linear(
+    x: Tensor,
+    norm: Sequence[Tensor],
+    eps: float,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    add: Sequence[Tensor],
+    gelu: bool,
+) -> list[Tensor]:
+    out = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+    require(0 < len(weights) <= 2 and len(biases) == len(weights) and len(norm) in (0, 2), 'one or two layers')
+    require(len(add) <= 2 and all(a.shape == out[0].shape for a in add), 'up to two tensors to add, like the result')
+    require(all(w.shape == (b.numel(), x.shape[-1]) for w, b in zip(weights, biases)), 'weights that fit x')
+    require(all(p.numel() == x.shape[-1] for p in norm), 'a LayerNorm over the last dimension')
+
+    def two(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """Ready for C, a null pointer for each that is missing."""
+        return (ready(*tensors) + 2 * [None])[:2]
+
+    (x,), (weight, weight2), (bias, bias2) = ready(x), two(weights), two(biases)
+    sizes = x.numel() // x.shape[-1], x.shape[-1], weight.shape[0], weight2.shape[0] if weights[1:] else 0, gelu
+    call('ppsr_linear', x, *two(norm), weight, bias, weight2, bias2, *two(add), *two(out), eps, *sizes)
+    return out
+
+
+@_linear.register_fake
+def _(x, norm, eps, weights, biases, add, gelu):
+    return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+
+
+@register_flop_formula(torch.ops.ppsr.linear)
+def _linear_flops(x_shape, norm_shapes, eps, weight_shapes, *args, **kwargs) -> int:
+    tokens = torch.Size(x_shape[:-1]).numel()
+    return 2 * tokens * sum(width * channels for width, channels in weight_shapes)
+
+
+def norm_linear(x: Tensor, norm: nn.LayerNorm, *layers: nn.Linear, gelu: bool = False) -> list[Tensor]:
+    """layer(norm(x)) of each linear layer, (..., C) -> (..., out); then GELU, if asked for. One pass for up to two."""
+    fits = are_plain(nn.LayerNorm, norm) and norm.normalized_shape == x.shape[-1:] and are_plain(nn.Linear, *layers)
+    if fits and len(layers) <= 2 and all(layer.in_features == x.shape[-1] for layer in layers):
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        if kernels_take(x, norm.weight, norm.bias, *weights, *biases):
+            return torch.ops.ppsr.linear(x, [norm.weight, norm.bias], norm.eps, weights, biases, [], gelu)
+    x = norm(x)
+    return [F.gelu(layer(x)) if gelu else layer(x) for layer in layers]
+
+
+def linear_add(x: Tensor, layer: nn.Linear, *add: Tensor) -> Tensor:
+    """layer(x) + the sum of some tensors, (..., C) -> (..., out). In one pass for up to two of the result's shape."""
+    if are_plain(nn.Linear, layer) and layer.in_features == x.shape[-1] and len(add) <= 2:
+        shape = *x.shape[:-1], layer.out_features
+        if all(a.shape == shape for a in add) and kernels_take(x, layer.weight, layer.bias, *add):
+            return torch.ops.ppsr.linear(x, [], 0.0, [layer.weight], [layer.bias], add, False)[0]
+    return sum(add, start=layer(x))

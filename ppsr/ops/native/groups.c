@@ -1,0 +1,62 @@
+/* The heads of a group of tokens, one after the other, while the rows of the next group are on their way.
+ *
+ * A window is a list of tokens, and so is a category group; neither is ever copied together as a map. */
+
+#include "groups.h"
+
+#include <stddef.h>
+
+int ppsr_for_each_group(int64_t groups, int64_t threads, const struct maps *m, void *context,
+                        void (*body)(void *, int64_t, int, void *)) {
+    const int64_t floats = 2 * padded(m->most, LANES) + scratch_floats(m->most, m->channels / m->heads);
+    return ppsr_for_each(groups, threads, floats * sizeof(float), context, body);
+}
+
+struct desk ppsr_set_up(const struct maps *m, void *scratch, int more) {
+    int32_t *token = scratch, *next = token + padded(m->most, LANES);
+    return (struct desk){{.token = token}, {.token = next}, (float *)(next + padded(m->most, LANES)), more};
+}
+
+static void prefetch_rows(const float *x, int64_t floats, const int32_t *token, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+        for (int64_t f = 0; f < floats; f += 16) __builtin_prefetch(x + token[i] * floats + f, 0, 2);
+}
+
+/* Part h of all heads of what the next group will read and write: rows that lie anywhere in the map. */
+static void prefetch(const struct maps *m, const struct group *next, int64_t h) {
+    const int64_t c = m->channels, start = next->image * m->tokens;
+    const int64_t begin = next->keys * h / m->heads, end = next->keys * (h + 1) / m->heads;
+    prefetch_rows(m->qkv + start * 3 * c, 3 * c, next->token, begin, end);
+    prefetch_rows(m->out + start * c, c, next->token, begin, end);
+    prefetch_rows(m->lse + (next->image * m->heads + h) * m->tokens, 1, next->token, 0, next->queries);
+    if (!m->grad_out) return;
+    prefetch_rows(m->grad_out + start * c, c, next->token, begin, end);
+    prefetch_rows(m->grad_qkv + start * 3 * c, 3 * c, next->token, begin, end);
+}
+
+void ppsr_attend(const struct maps *m, const struct desk *desk, const struct extras *extras) {
+    const struct group *group = &desk->group;
+    const int64_t c = m->channels, dim = c / m->heads;
+    for (int64_t h = 0; h < m->heads; h++) {
+        if (desk->more) prefetch(m, &desk->next, h);
+        const int64_t at = group->image * m->tokens * 3 * c + h * dim, to = group->image * m->tokens * c + h * dim;
+        struct attention a = {.q = m->qkv + at, .k = m->qkv + at + c, .v = m->qkv + at + 2 * c, .qkv_stride = 3 * c,
+                              .token = group->token, .queries = group->queries, .keys = group->keys, .dim = dim,
+                              .scale = extras->scale, .bias_start = extras->bias_start, .out = m->out + to,
+                              .out_stride = c, .lse = m->lse + (group->image * m->heads + h) * m->tokens,
+                              .scratch = desk->scratch};
+        if (extras->bias) a.bias = extras->bias + h * extras->bias_step;
+        if (!m->grad_out) {
+            ppsr_attention_kernels()->forward(&a);
+            continue;
+        }
+        a.grad_out = m->grad_out + to;
+        a.grad_q = m->grad_qkv + at;
+        a.grad_k = m->grad_qkv + at + c;
+        a.grad_v = m->grad_qkv + at + 2 * c;
+        if (extras->grad_bias) a.grad_bias = extras->grad_bias + h * extras->bias_step;
+        if (extras->grad_fill) a.grad_fill = extras->grad_fill + h * extras->fill_step;
+        if (extras->grad_scale) a.grad_scale = extras->grad_scale + h;
+        ppsr_attention_kernels()->backward(&a);
+    }
+}
