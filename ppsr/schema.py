@@ -98,7 +98,7 @@ class Number(Kind):
     def __init__(self, least=None, most=None, above=None, below=None):
         self.least, self.most, self.above, self.below = least, most, above, below
         if None not in (least, most) and least == most:
-            ends = [str(least)]
+            ends = [f'that is {least}']
         elif None not in (least, most):
             ends = [f'from {least} to {most}']
         else:
@@ -213,8 +213,7 @@ class Several(Kind):
     def __init__(self, kind: Kind, count: int | None = None, least: int = 1, most: int = 1000):
         self.kind = kind
         self.least, self.most = (least, most) if count is None else (count, count)
-        number = 'some' if count is None else str(count)
-        self.words = f'a list of {number}, each {kind.words}'
+        self.words = f'a list{"" if count is None else f" of {count}"}, each {kind.words}'
 
     def read(self, value, where):
         if not isinstance(value, (list, tuple)) or not self.least <= len(value) <= self.most:

@@ -180,8 +180,8 @@ class PairedSRTrain(TrainKeys, PairedSR):
 
 class PixelKeys(Section):
     color: Annotated[str | None, Choice('y'), 'y: luma only'] = None
-    mean: Annotated[list | None, Several(Number(-1e6, 1e6), 3), 'subtracted from RGB'] = None
-    std: Annotated[list | None, Several(Number(above=0, most=1e6), 3), 'RGB is divided by'] = None
+    mean: Annotated[list | None, Several(Number(-LARGE, LARGE), 3), 'subtracted from RGB'] = None
+    std: Annotated[list | None, Several(Number(above=0, most=LARGE), 3), 'RGB is divided by'] = None
 
 
 class PairedImage(PixelKeys, PairKeys):
@@ -377,7 +377,7 @@ class Train(OpenTrain, extra='forbid'):
     perceptual_opt: Annotated[dict | None, Typed(PERCEPTUAL_LOSSES, _other_loss), 'loss on features'] = None
     auxiliary_weights: Annotated[dict | None, Each(Weight), "factors of the network's own losses, by name"] = None
     ema_decay: Annotated[float, Number(0, below=1), 'of the running mean of the weights; 0: none'] = 0.0
-    grad_clip_norm: Annotated[float | None, Number(above=0, most=1e9), 'scale the gradient down to this norm'] = None
+    grad_clip_norm: Annotated[float | None, Number(above=0, most=10**9), 'scale the gradient down to this norm'] = None
     amp: Annotated[str | None, Choice('bf16', 'fp16'), 'autocast of the network; losses and weights stay float32'] = (
         None
     )

@@ -154,7 +154,7 @@ def test_table_by_hand():
 @pytest.mark.parametrize(
     ('keys', 'value', 'words'),
     [
-        ('seeds', 5, 'seeds must be a list of some, each a whole number'),
+        ('seeds', 5, 'seeds must be a list, each a whole number'),
         ('seeds', ['a'], 'seeds must be a list'),
         ('seeds', [-1], 'seeds must be a list'),
         ('seeds', [1.5], 'seeds must be a list'),

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import runpy
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,23 @@ def test_shipped_options_are_accepted(path):
     opt = load_options(path, is_training(path), ['num_gpu=0'])
     assert opt['scale'] == opt['network_g']['upscale']
     assert all(dataset['scale'] == opt['scale'] for dataset in opt['datasets'].values())
+
+
+def test_shipped_options_are_what_the_template_gives():
+    files = runpy.run_path(str(REPOSITORY / 'options' / 'make.py'))['files']()
+    by_hand = {'demo.yml', 'study.yml'}
+    committed = {
+        path.relative_to(REPOSITORY / 'options').as_posix() for path in (REPOSITORY / 'options').rglob('*.yml')
+    }
+    assert files.keys() == committed - by_hand
+    changed = [name for name, text in files.items() if (REPOSITORY / 'options' / name).read_text('utf-8') != text]
+    assert not changed, 'run python options/make.py'
+
+
+def test_the_docs_are_what_the_schema_says():
+    from ppsr.training.document import document
+
+    assert (REPOSITORY / 'docs' / 'options.md').read_text('utf-8') == document(), 'run python -m ppsr.training.document'
 
 
 def test_published_schedule_is_in_the_options():
@@ -173,12 +191,12 @@ COSINE = {'type': 'CosineAnnealingRestartLR', 'periods': [100, 100], 'restart_we
         ('train:optim_g:betas', [0.9, 1], 'betas must be a list of 2, each a number of at least 0 and below 1'),
         ('train:scheduler:gamma', 'a', "gamma must be a number above 0 and at most 1, not 'a'"),
         ('train:scheduler:gamma', float('nan'), 'gamma must be a number above 0 and at most 1, not nan'),
-        ('train:scheduler:restart_weights', ['a'], 'restart_weights must be a list of some, each a number'),
+        ('train:scheduler:restart_weights', ['a'], 'restart_weights must be a list, each a number'),
         ('train:scheduler:restart_weights', [1, 1], 'restart_weights must have 1 numbers, one for each of restarts'),
         ('train:ema_decay', 2, 'ema_decay must be a number of at least 0 and below 1, not 2'),
         ('train:warmup_iter', 10**4000, 'warmup_iter must be a whole number'),
         ('network_g:embed_dim', 10**9, 'embed_dim must be a whole number from 1 to 1024'),
-        ('network_g:depths', [10_000_000, 2], 'depths must be a list of some, each a whole number from 1 to 64'),
+        ('network_g:depths', [10_000_000, 2], 'depths must be a list, each a whole number from 1 to 64'),
         ('network_g:depths', [6], 'num_heads must have a number for each of depths [6]'),
         ('network_g:pp_num_centers', 10**9, 'pp_num_centers must be a whole number from 1 to 4096'),
         ('network_g:pp_window_size', 5.5, 'pp_window_size must be a whole number'),
@@ -188,7 +206,7 @@ COSINE = {'type': 'CosineAnnealingRestartLR', 'periods': [100, 100], 'restart_we
         ('train:optim_g:type', 'Adamw', "optim_g → type: 'Adamw' is not one of Adam, AdamW"),
         ('train:optim_g:type', None, 'optim_g lacks type'),
         ('train:scheduler:type', 'StepLR', "scheduler → type: 'StepLR' is not one of MultiStepLR"),
-        ('train:scheduler', COSINE | {'periods': [0, 0]}, 'periods must be a list of some'),
+        ('train:scheduler', COSINE | {'periods': [0, 0]}, 'periods must be a list'),
         ('train:scheduler', COSINE, 'periods end after 200 iterations, before total_iter 250000'),
         ('train:pixel_opt:reduction', 'none', "reduction must be one of mean, sum, not 'none'"),
         (
