@@ -7,6 +7,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 about = {}
@@ -54,6 +55,31 @@ class BuildKernels(build_ext):
         )
 
 
+class BuildPackage(build_py):
+    """Takes the shipped weights and options files into the package; ppsr/shipped.py finds them there."""
+
+    def shipped(self):
+        """(file in the repository, path in the build folder)"""
+        weights = here.glob('experiments/pretrained_models/*.safetensors')
+        pairs = [(path, f'ppsr/pretrained_models/{path.name}') for path in weights]
+        pairs += [(path, f'ppsr/{path.relative_to(here)}') for path in here.glob('options/**/*.yml')]
+        return [(path, os.path.join(self.build_lib, target)) for path, target in sorted(pairs)]
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:  # there they are found where they lie
+            for path, target in self.shipped():
+                self.mkpath(os.path.dirname(target))
+                self.copy_file(str(path), target)
+
+    def get_outputs(self, include_bytecode=True):
+        own = [] if self.editable_mode else [target for _, target in self.shipped()]
+        return super().get_outputs(include_bytecode) + own
+
+    def get_source_files(self):  # what an sdist holds
+        return super().get_source_files() + [str(path.relative_to(here)) for path, _ in self.shipped()]
+
+
 class Wheel(bdist_wheel):
     """Tags the wheel for every Python 3 of its platform: the library does not depend on Python's version."""
 
@@ -78,7 +104,7 @@ setup(
             optional=True,  # without a compiler the package still installs
         )
     ],
-    cmdclass={'build_ext': BuildKernels, 'bdist_wheel': Wheel},
+    cmdclass={'build_ext': BuildKernels, 'build_py': BuildPackage, 'bdist_wheel': Wheel},
     python_requires='>=3.10,<3.13',
     install_requires=[
         'torch>=2.4',

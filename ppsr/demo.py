@@ -6,30 +6,28 @@ from pathlib import Path
 
 from basicsr.metrics import calculate_metric
 
-from ppsr.errors import UserError
+from ppsr.shipped import options_file
 
 __all__ = ['run_demo']
 
-OPTIONS = Path('options', 'demo.yml')
+OPTIONS = 'options/demo.yml'
 COLUMNS = ('PSNR', 'SSIM', 'pure pixels', 'GMACs', 'GMACs saved')
 
 
 def run_demo() -> signal.Signals | None:
-    """Run the demo in the current folder, a clone of the repository; prints where it is and ends with a table.
+    """Run the demo in the current folder (datasets/, experiments/, results/); prints where it is, ends with a table.
 
     Returns:
         None, or the signal that ended the training early.
 
     Raises:
-        UserError: not in a clone, or scikit-image's photographs are not there.
+        UserError: scikit-image's photographs are not there, or something cannot be written.
     """
     from ppsr.data.demo import make_demo_data
     from ppsr.training.test import test_pipeline
     from ppsr.training.train import train_pipeline
     from ppsr.weights import resolve
 
-    if not OPTIONS.is_file():
-        raise UserError(f'{OPTIONS} is not here; run the demo inside a clone of the repository.')
     start = time.time()
     _say(1, 'Data: photographs that scikit-image ships, LR by exact bicubic')
     make_demo_data('datasets')
@@ -43,7 +41,7 @@ def run_demo() -> signal.Signals | None:
     _say(3, f'Train: a few steps from these weights, with {OPTIONS}')
     opt = _options('demo', None)
     steps = opt['train']['total_iter']
-    stopped_by = train_pipeline(opt, str(OPTIONS))
+    stopped_by = train_pipeline(opt, options_file(OPTIONS))
     if stopped_by is not None:
         return stopped_by
 
@@ -76,7 +74,7 @@ def _options(name: str, weights: Path | None) -> dict:
     force = []
     if weights is not None:
         force = ['datasets:train=~', f'name={name}', f'path:pretrain_network_g={weights}', 'val:save_img=true']
-    opt = load_options(OPTIONS, is_train=weights is None, force_yml=force)
+    opt = load_options(options_file(OPTIONS), is_train=weights is None, force_yml=force)
     check_datasets(opt)
     return opt
 

@@ -9,7 +9,6 @@ import io
 import json
 import math
 import pickle
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from ppsr.atomic import atomic_path
 from ppsr.errors import UserError
+from ppsr.shipped import pretrained_models
 
 __all__ = [
     'Checkpoint',
@@ -254,20 +254,9 @@ def as_arch(config: dict, arch: str | None) -> dict:
     return config
 
 
-def _pretrained_folders() -> list[Path]:
-    """Where shipped weights lie: in the repository, and where an installed wheel puts them."""
-    return [
-        Path(__file__).resolve().parent.parent / 'experiments' / 'pretrained_models',
-        Path(sys.prefix) / 'share' / 'ppsr' / 'pretrained_models',
-    ]
-
-
 def list_pretrained() -> dict[str, Path]:
     """Names of the shipped weights and where they lie."""
-    found = {}
-    for folder in reversed(_pretrained_folders()):
-        found.update({path.stem: path for path in sorted(folder.glob('*.safetensors'))})
-    return found
+    return {path.stem: path for path in sorted(pretrained_models().glob('*.safetensors'))}
 
 
 def resolve(path_or_name: str | Path | None = None) -> Path:

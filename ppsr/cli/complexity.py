@@ -7,10 +7,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ppsr.cli.numbers import Number
+from ppsr.shipped import options_file
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('-opt', required=True, metavar='YML', help='options file; its network_g is built')
+    parser.add_argument(
+        '-opt', required=True, type=options_file, metavar='YML', help='options file; its network_g is built'
+    )
     parser.add_argument(
         '--input-size',
         nargs=3,

@@ -3,9 +3,13 @@
 import argparse
 from pathlib import Path
 
+from ppsr.shipped import options_file
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('-opt', required=True, metavar='YML', help='options of the study (options/study.yml)')
+    parser.add_argument(
+        '-opt', required=True, type=options_file, metavar='YML', help='options of the study (options/study.yml)'
+    )
     parser.add_argument('-o', '--output', metavar='DIR', help='write study.md, .csv and .tex there, too')
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from ppsr.cli.numbers import SCALE
+from ppsr.shipped import options_file
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar='[LABEL=]FILE',
         help='weight files, for the network of that label or for those that they fit (default: the shipped ones)',
     )
-    parser.add_argument('-opt', nargs='+', default=[], metavar='YML', help='options files whose networks become rows')
+    parser.add_argument(
+        '-opt', nargs='+', default=[], type=options_file, metavar='YML', help='options files whose networks become rows'
+    )
     parser.add_argument('--scales', nargs='+', type=SCALE, default=[2, 3, 4], metavar='N', help='default: 2 3 4')
     parser.add_argument(
         '--ablations',

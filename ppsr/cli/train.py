@@ -2,6 +2,8 @@
 
 import sys
 
+from ppsr.shipped import options_file
+
 
 def configure(parser) -> None:
     add_run_options(parser)
@@ -10,7 +12,7 @@ def configure(parser) -> None:
 
 def add_run_options(parser) -> None:
     """The options that training and testing share (BasicSR's names)."""
-    parser.add_argument('-opt', required=True, metavar='YML', help='options file')
+    parser.add_argument('-opt', required=True, type=options_file, metavar='YML', help='options file')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='who started us')
     parser.add_argument('--debug', action='store_true', help="BasicSR's debug mode: everything every 8 iterations")
     parser.add_argument(
