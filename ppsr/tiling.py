@@ -22,7 +22,16 @@ from torch import Tensor
 
 from ppsr.errors import UserError
 
-__all__ = ['DEFAULT_OVERLAP', 'Totals', 'count_tiles', 'run_network', 'tile_starts', 'tiled_bands', 'tiled_forward']
+__all__ = [
+    'DEFAULT_OVERLAP',
+    'Totals',
+    'count_tiles',
+    'run_network',
+    'tile_starts',
+    'tiled_bands',
+    'tiled_forward',
+    'tiled_mask',
+]
 
 DEFAULT_OVERLAP = 32
 MAX_TILE = 2**20
@@ -192,8 +201,7 @@ def tiled_bands(
             if mask is not None:
                 if totals.mask is None:
                     totals.mask = torch.zeros(mask.shape[0], height, width, dtype=torch.bool)
-                inner_y, inner_x = _inner(top, tile_h, overlap), _inner(left, tile_w, overlap)
-                totals.mask[:, rows, columns][:, inner_y, inner_x] = mask.cpu()[:, inner_y, inner_x]
+                _put_mask(totals.mask, mask, rows, columns, overlap)
             on_tile()
         finished = (next_top - top) * scale
         yield window[..., :finished, :]
@@ -211,9 +219,40 @@ def _support(weight: Tensor) -> slice:
     return slice(int(positive[0]), int(positive[-1]) + 1)
 
 
-def _inner(start: int, length: int, overlap: int) -> slice:
-    """The part of a tile whose mask counts: up to the middle of the overlap (a later tile overwrites an earlier)."""
-    return slice(overlap // 2 if start else 0, length)
+def _put_mask(whole: Tensor, mask: Tensor, rows: slice, columns: slice, overlap: int) -> None:
+    """Enter a tile's mask: from the middle of the overlap on; a later tile overwrites an earlier one there."""
+    inner_y, inner_x = (slice(overlap // 2 if side.start else 0, side.stop - side.start) for side in (rows, columns))
+    whole[:, rows, columns][:, inner_y, inner_x] = mask.cpu()[:, inner_y, inner_x]
+
+
+def tiled_mask(
+    mask_of: Callable[[Tensor], Tensor],
+    read: Callable[[slice, slice], Tensor],
+    size: tuple[int, int],
+    tile: int = 0,
+    overlap: int = DEFAULT_OVERLAP,
+) -> Tensor:
+    """The mask that :func:`tiled_bands` puts together, without running the network.
+
+    Args:
+        mask_of: (B, 3, h, w) -> (B, ≥ h, ≥ w) bool, the mask that the network uses for a tile.
+        read, size, tile, overlap: as there.
+
+    Returns:
+        (B, H, W) bool on the CPU.
+    """
+    check_tiles(tile, overlap)
+    height, width = size
+    tile_h, tile_w = min(tile or height, height), min(tile or width, width)
+    whole = None
+    for top in tile_starts(height, tile_h, overlap):
+        for left in tile_starts(width, tile_w, overlap):
+            rows, columns = slice(top, top + tile_h), slice(left, left + tile_w)
+            mask = mask_of(read(rows, columns))[:, :tile_h, :tile_w]
+            if whole is None:
+                whole = torch.zeros(mask.shape[0], height, width, dtype=torch.bool)
+            _put_mask(whole, mask, rows, columns, overlap)
+    return whole
 
 
 def tiled_forward(

@@ -1,7 +1,6 @@
 """``ppsr mask``"""
 
 import sys
-from pathlib import Path
 
 from ppsr.cli.numbers import CENTERS, PIXELS, WINDOW, Number
 
@@ -23,26 +22,33 @@ def configure(parser) -> None:
 
 def run(args) -> int:
     from ppsr.errors import UserError
-    from ppsr.images import as_rgb, read_picture, write_file
+    from ppsr.images import as_rgb, atomic_file, format_of, read_picture, write_picture
     from ppsr.masks.pure_pass import PurePass
-    from ppsr.pictures.batch import plan_jobs
+    from ppsr.pictures.batch import STREAM, exists, open_source, plan_jobs
     from ppsr.pictures.visualize import enlarge_nearest, mask_overlay, network_mask
 
     try:
         pure_pass = PurePass(args.num_centers, args.window_size, args.shift, not args.no_fuse)
     except ValueError as error:
         raise UserError(f'{error}.') from None
-    failed, shares = 0, []
-    for job in plan_jobs(args.input, args.output, args.suffix, 'png', args.recursive):
-        if '-' in (job.source, job.target):
-            raise UserError('ppsr mask reads and writes files, not standard input and output.')
-        if not args.overwrite and Path(job.target).exists():
-            print(f'{job.target} exists already (--overwrite replaces it).')
-            continue
+    plan = plan_jobs(args.input, args.output, args.suffix, 'png', args.recursive)
+    if any(STREAM in (job.source, job.target) for job in plan.jobs):
+        raise UserError('ppsr mask reads and writes files, not standard input and output.')
+    for line in (*plan.notes, *(f'Failed: {sentence}' for sentence in plan.failed)):
+        print(line, file=sys.stderr)
+    failed, shares = len(plan.failed), []
+    for job in plan.jobs:
         try:
-            rgb = as_rgb(read_picture(job.source).pixels)
+            if not args.overwrite and exists(job.target):
+                print(f'{job.target} exists already (--overwrite replaces it).')
+                continue
+            rgb = as_rgb(read_picture(open_source(job.source)).pixels)
             pure = network_mask(rgb, pure_pass)
-            write_file(job.target, enlarge_nearest(mask_overlay(rgb, pure, args.num_centers), args.zoom))
+            overlay = mask_overlay(rgb, pure, args.num_centers)
+            shape = (args.zoom * overlay.shape[0], args.zoom * overlay.shape[1], 3)
+            rows = (enlarge_nearest(row[None], args.zoom) for row in overlay)  # never all of it in memory
+            with atomic_file(job.target) as file:
+                write_picture(file, format_of(job.target), shape, overlay.dtype, rows)
         except UserError as error:
             print(f'Failed: {error}', file=sys.stderr)
             failed += 1

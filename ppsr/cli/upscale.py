@@ -28,7 +28,7 @@ def make_upscaler(args, **options):
     from ppsr.pictures.upscaler import Upscaler
 
     return Upscaler.from_pretrained(
-        args.model or args.model_path,
+        args.model_path if args.model is None else args.model,
         arch=args.arch,
         pure_pass=not args.no_pure_pass,
         device=args.device,
@@ -70,10 +70,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args) -> int:
     from ppsr.pictures.batch import plan_jobs, run_jobs
 
-    jobs = plan_jobs(args.input, args.output, args.suffix, args.ext, args.recursive)
+    plan = plan_jobs(args.input, args.output, args.suffix, args.ext, args.recursive, args.save_mask)
     upscaler = make_upscaler(args, outscale=args.outscale)
     if upscaler.outscale != upscaler.scale:
         print(f'The network enlarges ×{upscaler.scale}; Lanczos makes ×{upscaler.outscale:g} of it.', file=sys.stderr)
-    summary = run_jobs(upscaler, jobs, args.quality, args.overwrite, args.save_mask)
+    summary = run_jobs(upscaler, plan, args.quality, args.overwrite)
     print(summary, file=sys.stderr if args.output == '-' else sys.stdout)
     return 1 if summary.failed else 0

@@ -2,32 +2,75 @@
 
 import glob
 import os
+import stat
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 from tqdm import tqdm
 
 from ppsr.errors import UserError
-from ppsr.images import FORMATS, read_size, write_file
+from ppsr.images import FORMATS, IMAGE_SUFFIXES, Picture, read_size, write_file
 from ppsr.masks.pure_pass import PurePass
 from ppsr.pictures.upscaler import Stats, Upscaler
 
-__all__ = ['EXTENSIONS', 'STREAM', 'Job', 'Summary', 'plan_jobs', 'run_jobs']
+__all__ = ['EXTENSIONS', 'STREAM', 'Job', 'Plan', 'Summary', 'exists', 'open_source', 'plan_jobs', 'run_jobs']
 
 STREAM = '-'  # standard input or output
 EXTENSIONS = ('auto', 'png', 'jpg', 'webp', 'tiff')
+# what a data set may hold, and what other programs and cameras call their pictures
+SUFFIXES = IMAGE_SUFFIXES | {
+    '.gif',
+    '.avif',
+    '.avifs',
+    '.jp2',
+    '.jfif',
+    '.jpe',
+    '.pbm',
+    '.pnm',
+    '.tga',
+    '.ico',
+    '.apng',
+    '.dib',
+}
+MAX_FOLDERS = 100_000  # folders that link to each other crosswise have more paths than anybody can visit
 
 
 @dataclass(frozen=True)
 class Job:
-    """One input and where its result goes; STREAM for standard input and output."""
+    """One input and where its results go; STREAM for standard input and output.
+
+    Attributes:
+        source: the picture.
+        target: the enlarged one.
+        mask: the overlay of its mask, where one is wanted.
+    """
 
     source: str | Path
     target: str | Path
+    mask: Path | None = None
+
+
+@dataclass
+class Plan:
+    """What is to be done, and what was noticed when the inputs were looked for.
+
+    Attributes:
+        jobs: in order.
+        notes: a sentence for everything that was passed over and is no failure: earlier results, pipes, loops.
+        failed: a sentence for everything that should have been an input and could not be: folders that may not be read,
+            links that lead nowhere.
+        folders: that were looked into.
+    """
+
+    jobs: list[Job] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    folders: int = 0
 
 
 @dataclass
@@ -36,12 +79,14 @@ class Summary:
 
     Attributes:
         done: statistics of each enlarged picture.
-        skipped: outputs that existed already.
+        masks: masks that were drawn for pictures enlarged earlier.
+        skipped: pictures all of whose outputs existed already.
         failed: one sentence for each that failed.
         seconds: wall-clock of the whole run.
     """
 
     done: list[Stats] = field(default_factory=list)
+    masks: int = 0
     skipped: int = 0
     failed: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -59,6 +104,8 @@ class Summary:
         if dense > 0:
             saved = f', {dense - gmacs:.4g} saved by Pure-Pass ({1 - gmacs / dense:.1%})' if gmacs < dense else ''
             parts.append(f'{gmacs:.4g} GMACs{saved}')
+        if self.masks:
+            parts.append(f'{self.masks} mask{"s" * (self.masks != 1)} drawn for pictures that exist')
         if self.skipped:
             parts.append(f'{self.skipped} skipped because the output exists (--overwrite replaces it)')
         parts.append(f'{len(self.failed)} failed' if self.failed else 'no failures')
@@ -71,57 +118,97 @@ def plan_jobs(
     suffix: str = 'out',
     ext: str = 'auto',
     recursive: bool = False,
-) -> list[Job]:
+    save_mask: bool = False,
+) -> Plan:
     """Which files are enlarged into which.
+
+    One output per name: a link to a picture is a picture of its own. Results that an earlier run of the same plan left
+    beside its pictures, masks included, are no inputs, unless they are named one by one.
 
     Args:
         inputs: files, folders (their pictures; with `recursive` those of their subfolders, too), globs, or '-'.
         output: a folder; for a single picture also a file name with a picture's extension; or '-'.
         suffix: NAME becomes NAME_suffix; '' keeps the name.
         ext: of the output; 'auto' keeps the input's if we write it (png, jpg, webp, tiff), else png.
-        recursive: descend into folders; the tree below each input folder is kept.
+        recursive: descend into folders, linked ones included; the tree below each input folder is kept.
+        save_mask: plan NAME_mask.png beside each output, too.
 
     Raises:
-        UserError: an input that does not exist, nothing to do, two inputs with one output, an output that is an input.
+        UserError: an input that does not exist, nothing to do, two results of one name, a result that is an input, an
+            output that cannot be one.
     """
     if ext not in EXTENSIONS:
         raise UserError(f'{ext!r} is not an extension that can be written; use {", ".join(EXTENSIONS)}.')
     if os.sep in suffix or '/' in suffix:
         raise UserError(f'The suffix {suffix!r} must not contain a path separator.')
-    found = _find(inputs, output, recursive)
-    single_file = Path(output).suffix.lower() in FORMATS and not Path(output).is_dir()
-    if output == STREAM or single_file:
+    is_file = _is_file_name(output)
+    plan = Plan()
+    found = _find(inputs, output, recursive, plan)
+    if output == STREAM or is_file:
         if len(found) > 1:
             raise UserError(f'{len(found)} inputs cannot go to one output ({output}); give a folder as output.')
-        jobs = [Job(found[0][0], output if output == STREAM else Path(output))]
+        targets = [output if output == STREAM else Path(output)]
     else:
-        jobs = [Job(source, Path(output) / _target_name(relative, suffix, ext)) for source, relative, _ in found]
+        targets = [Path(output) / _target_name(item.relative, suffix, ext) for item in found]
+    masks = [None if target == STREAM else target.with_name(f'{target.stem}_mask.png') for target in targets]
 
-    if suffix:  # a folder may hold the results of an earlier run beside its pictures: these are no inputs
-        listed = {_real(source) for source, _, in_folder in found if in_folder}
-        results = {_real(job.target) for job in jobs if STREAM not in (job.source, job.target)} & listed
-        jobs = [job for job in jobs if job.source == STREAM or _real(job.source) not in results]
+    if suffix:
+        searched = {_place(item.source) for item in found if item.searched}
+        earlier = searched & {_place(path) for path in (*targets, *masks) if path not in (None, STREAM)}
+        if earlier:
+            names = sorted(os.path.basename(path) for path in earlier)
+            shown = ', '.join(names[:3]) + (', …' if len(names) > 3 else '')
+            plan.notes.append(f'{shown}: results of an earlier run are no inputs.')
+    else:
+        earlier = set()
+    once = {}  # one file named in two ways, for one result
+    for item, target, mask in zip(found, targets, masks):
+        place = STREAM if item.source == STREAM else _place(item.source)
+        if place not in earlier:
+            once.setdefault((place, target), Job(item.source, target, mask if save_mask else None))
+    plan.jobs = list(once.values())
+    _refuse_collisions(plan.jobs)
+    return plan
 
-    sources = {_real(job.source) for job in jobs if job.source != STREAM}
+
+def _refuse_collisions(jobs: list[Job]) -> None:
+    sources = [job.source for job in jobs if job.source != STREAM]
+    inputs = {_place(source) for source in sources} | {os.path.realpath(source) for source in sources}
     taken: dict[str, Job] = {}
     for job in jobs:
-        if job.target == STREAM:
-            continue
-        real = _real(job.target)
-        if real in sources:
-            raise UserError(f'{job.target} is an input itself; choose another output folder or a --suffix.')
-        if real in taken:
-            raise UserError(f'{taken[real].source} and {job.source} would both become {job.target}; run them apart.')
-        taken[real] = job
-    return jobs
+        for result in (job.target, job.mask):
+            if result in (None, STREAM):
+                continue
+            place = _place(result)
+            if place in inputs or os.path.realpath(result) in inputs:
+                raise UserError(f'{result} is an input itself; choose another output folder or a --suffix.')
+            if place in taken:
+                other = 'itself' if taken[place] is job else taken[place].source
+                raise UserError(
+                    f'{result} would be made of {job.source} and of {other}; run them apart, or with another --suffix.'
+                )
+            taken[place] = job
 
 
 def _source_name(job: Job) -> str:
     return 'standard input' if job.source == STREAM else str(job.source)
 
 
-def _real(path) -> str:
-    return os.path.realpath(path)
+def _place(path) -> str:
+    """A name in a folder, however the way to it is written; what it links to does not matter."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)
+
+
+def exists(path: str | Path) -> bool:
+    """Whether a result is there already.
+
+    Raises:
+        UserError: a folder is, which nobody can skip or replace.
+    """
+    if os.path.isdir(path):
+        raise UserError(f'{path} is a folder; move it away, or choose another name for the picture.')
+    return os.path.lexists(path)
 
 
 def _target_name(relative: Path, suffix: str, ext: str) -> Path:
@@ -130,76 +217,181 @@ def _target_name(relative: Path, suffix: str, ext: str) -> Path:
     return relative.with_name(relative.stem + (f'_{suffix}' if suffix else '') + extension)
 
 
-def _find(inputs: Iterable[str], output: str, recursive: bool) -> list[tuple[str | Path, Path, bool]]:
-    """(source, path below the output folder, found in a folder) of every input, without doubles, in order."""
-    found: dict[str, tuple[str | Path, Path, bool]] = {}
-    known = tuple(Image.registered_extensions())
+def _is_file_name(output: str) -> bool:
+    """Whether the output is one picture's file name, not a folder; UserError if it can be neither."""
+    if output == STREAM:
+        return False
+    try:
+        mode = os.stat(output).st_mode
+    except FileNotFoundError:
+        mode = None
+    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be entered, a NUL
+        raise UserError(f'{_short(output)} cannot be written: {getattr(error, "strerror", None) or error}.') from None
+    extension = Path(output).suffix.lower()
+    if output.endswith(os.sep) or (mode is not None and stat.S_ISDIR(mode)):
+        return False
+    if extension in FORMATS:
+        return True
+    if extension in Image.registered_extensions() or extension in SUFFIXES:
+        raise UserError(
+            f'{output}: cannot write that kind of file; use one of {", ".join(FORMATS)} (or {output}{os.sep} for a '
+            'folder of that name).'
+        )
+    if mode is not None:
+        raise UserError(f'{output} is no folder; give a folder, or a file name with one of {", ".join(FORMATS)}.')
+    return False
+
+
+def _short(text: str) -> str:
+    return text if len(text) < 80 else f'{text[:60]}…'
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An input: its path, its path below the output folder, and whether it was searched for or named."""
+
+    source: str | Path
+    relative: Path
+    searched: bool
+
+
+def _find(inputs: Iterable[str], output: str, recursive: bool, plan: Plan) -> list[_Found]:
+    """Every input once, in order."""
+    found: dict[str, _Found] = {}
     for text in inputs:
         if text == STREAM:
-            found.setdefault(STREAM, (STREAM, Path('stdin.png'), False))
+            found.setdefault(STREAM, _Found(STREAM, Path('stdin.png'), False))
             continue
-        paths = [Path(text)]
-        if not paths[0].exists():
-            if not glob.has_magic(text):
-                raise UserError(f'{text} does not exist.')
-            paths = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
+        paths, searched = [Path(text)], False
+        if not os.path.exists(text):
+            if not glob.has_magic(text) or os.path.lexists(text):
+                raise UserError(_why_missing(text))
+            paths, searched = [Path(match) for match in sorted(glob.glob(text, recursive=True))], True
             if not paths:
-                raise UserError(f'{text} matches no file.')
+                raise UserError(f'{_short(text)} matches no file.')
         for path in paths:
-            if not path.is_dir():
-                found.setdefault(_real(path), (path, Path(path.name), False))
+            if not os.path.isdir(path):
+                if not os.path.exists(path):
+                    plan.failed.append(_why_missing(str(path)))
+                else:
+                    found.setdefault(os.path.abspath(path), _Found(path, Path(path.name), searched))
                 continue
-            files = sorted(path.rglob('*') if recursive else path.glob('*'))
-            pictures = [
-                file
-                for file in files
-                if file.suffix.lower() in known and file.is_file() and not file.name.startswith('.')
-            ]
-            if not pictures and len(paths) == 1:
+            # an output folder inside of the input folder is not an input
+            inner = None if output == STREAM else os.path.realpath(output)
+            inner = None if inner == os.path.realpath(path) else inner
+            told = len(plan.failed)
+            pictures = sorted(_walk(path, recursive, inner, plan))
+            if not pictures and len(paths) == 1 and len(plan.failed) == told:
                 below = '' if recursive else ' (its subfolders are searched with --recursive)'
                 raise UserError(f'{path} has no pictures{below}.')
-            # an output folder inside of the input folder is not an input
-            inner = _real(output) + os.sep if _real(output).startswith(_real(path) + os.sep) else None
             for file in pictures:
-                if inner and _real(file).startswith(inner):
-                    continue
-                found.setdefault(_real(file), (file, file.relative_to(path), True))
+                found.setdefault(os.path.abspath(file), _Found(file, file.relative_to(path), True))
     if not found:
-        raise UserError('There is nothing to enlarge.')
+        raise UserError(plan.failed[0] if plan.failed else 'There is nothing to enlarge.')
     return list(found.values())
+
+
+def _why_missing(text: str) -> str:
+    try:
+        os.stat(text)
+        return f'{_short(text)} cannot be opened.'
+    except FileNotFoundError:
+        return f'{text} is a link that leads nowhere.' if os.path.islink(text) else f'{_short(text)} does not exist.'
+    except (OSError, ValueError) as error:
+        return f'{_short(text)} cannot be opened: {getattr(error, "strerror", None) or error}.'
+
+
+def _walk(folder: Path, recursive: bool, inner: str | None, plan: Plan, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The pictures of a folder, in any order; what is passed over is noted in the plan."""
+    real = os.path.realpath(folder)
+    if any(path == real or path.startswith(os.path.join(real, '')) for path in above):
+        plan.notes.append(f'{folder} is a link to a folder that it lies in: it is not followed.')
+        return
+    if real == inner:
+        return
+    plan.folders += 1
+    if plan.folders > MAX_FOLDERS:
+        raise UserError(f'{folder} is one of more than {MAX_FOLDERS:,} folders; give a part of them.')
+    try:
+        with os.scandir(folder) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        plan.failed.append(f'{folder} cannot be read: {error.strerror}.')
+        return
+    for entry in entries:
+        path = folder / entry.name
+        if entry.is_dir():
+            if recursive:
+                yield from _walk(path, recursive, inner, plan, (*above, real))
+            continue
+        if os.path.splitext(entry.name)[1].lower() not in SUFFIXES or entry.name.startswith('.'):
+            continue
+        if entry.is_file():
+            yield path
+        elif os.path.exists(path):
+            plan.notes.append(f'{path} is a pipe, a socket or a device: it is passed over.')
+        else:
+            plan.failed.append(_why_missing(str(path)))
+
+
+def open_source(source: str | Path) -> str | Path | BinaryIO:
+    """What to read a picture from: the path itself, or all of a stream (standard input, a pipe), which comes only once.
+
+    Raises:
+        UserError: standard input is closed or cannot be read.
+    """
+    if source == STREAM:
+        if sys.stdin is None:
+            raise UserError('Standard input is closed; pipe a picture into it.')
+        return sys.stdin.buffer
+    try:
+        return open(source, 'rb') if stat.S_ISFIFO(os.stat(source).st_mode) else source
+    except OSError:
+        return source  # the reader says what is wrong with it
 
 
 def run_jobs(
     upscaler: Upscaler,
-    jobs: list[Job],
+    plan: Plan,
     quality: int = 95,
     overwrite: bool = False,
-    save_mask: bool = False,
     progress: bool | None = None,
 ) -> Summary:
     """Enlarge every job's input; one that fails is told and counted, the others go on.
 
+    A picture that is there is not made again, nor is a mask; where only one of the two is missing, only that is made.
+
     Args:
-        upscaler: does the work; its messages go above the progress bar.
+        upscaler: does the work; its messages go above the progress bar meanwhile.
+        plan: of :func:`plan_jobs`.
         quality: of JPEG and WebP.
         overwrite: redo what exists; otherwise it is skipped.
-        save_mask: write the mask's overlay (NAME_mask.png) beside each output.
         progress: show the progress bar; None = only on a terminal.
     """
-    start, summary = time.perf_counter(), Summary()
+    start, summary = time.perf_counter(), Summary(failed=list(plan.failed))
+    jobs, notes = plan.jobs, list(plan.notes)
+    if any(job.mask for job in jobs) and not upscaler.has_mask:
+        notes.append('This network exempts no pixels: there are no masks to save.')
+        jobs = [replace(job, mask=None) for job in jobs]
     todo = []
     for job in jobs:
-        if not overwrite and job.target != STREAM and Path(job.target).exists():
+        try:
+            done = [not overwrite and exists(path) for path in (job.target, job.mask) if path not in (None, STREAM)]
+        except UserError:  # told when its turn comes
+            done = [False]
+        if done and all(done):
             summary.skipped += 1
         else:
             todo.append(job)
     bar = _Bar(todo, progress)
-    upscaler.say = bar.say
+    before, upscaler.say = upscaler.say, bar.say
     try:
+        for note in (*notes, *(f'Failed: {sentence}' for sentence in plan.failed)):
+            bar.say(note)
         for job in todo:
             bar.begin(job)
             try:
-                summary.done.append(_run_job(upscaler, job, quality, save_mask, bar))
+                _run_job(upscaler, job, quality, overwrite, bar, summary)
             except UserError as error:
                 message = str(error)
                 if str(job.source) not in message and str(job.target) not in message:
@@ -208,28 +400,40 @@ def run_jobs(
                 bar.say(f'Failed: {message}')
             bar.end()
     finally:
+        upscaler.say = before
         bar.close()
     summary.seconds = time.perf_counter() - start
     return summary
 
 
-def _run_job(upscaler: Upscaler, job: Job, quality: int, save_mask: bool, bar: '_Bar') -> Stats:
-    source = sys.stdin.buffer if job.source == STREAM else job.source
-    target = sys.stdout.buffer if job.target == STREAM else job.target
-    if target != job.target and sys.stdout.isatty():
-        raise UserError('-o - writes a PNG to standard output, which is a terminal; redirect it to a file.')
-    picture = upscaler.read(source)
+def _run_job(upscaler: Upscaler, job: Job, quality: int, overwrite: bool, bar: '_Bar', summary: Summary) -> None:
+    target = job.target
+    if target == STREAM:
+        if sys.stdout.isatty():
+            raise UserError('-o - writes a PNG to standard output, which is a terminal; redirect it to a file.')
+        target = sys.stdout.buffer
+    picture = upscaler.read(open_source(job.source))
     for note in picture.notes:
         bar.say(f'{_source_name(job)}: {note}.')
+    if job.target != STREAM and not overwrite and exists(job.target):  # then its mask is missing
+        _save_mask(upscaler, picture, upscaler.mask(picture.pixels), job.mask)
+        summary.masks += 1
+        return
     stats = upscaler.upscale_file(picture, target, quality, bar.tile)
-    if save_mask and stats.mask is not None and job.target != STREAM:
-        from ppsr.pictures.visualize import mask_overlay  # brings matplotlib, which nobody else here needs
+    summary.done.append(stats)
+    if job.mask is None:
+        return
+    if not overwrite and exists(job.mask):
+        bar.say(f'{job.mask} exists and is kept (--overwrite replaces it).')
+        return
+    _save_mask(upscaler, picture, stats.mask, job.mask)
 
-        pure_pass = getattr(upscaler.net, 'pure_pass', PurePass())
-        overlay = mask_overlay(picture.pixels, stats.mask, pure_pass.num_centers)
-        path = Path(job.target).with_name(Path(job.target).stem + '_mask.png')
-        write_file(path, overlay)
-    return stats
+
+def _save_mask(upscaler: Upscaler, picture: Picture, mask, path: Path) -> None:
+    from ppsr.pictures.visualize import mask_overlay  # brings matplotlib, which nobody else here needs
+
+    pure_pass = getattr(upscaler.net, 'pure_pass', PurePass())
+    write_file(path, mask_overlay(picture.pixels, mask, pure_pass.num_centers))
 
 
 class _Bar:
@@ -249,7 +453,7 @@ class _Bar:
 
     @staticmethod
     def _pixels(job: Job) -> float:
-        if job.source == STREAM:
+        if job.source == STREAM or not os.path.isfile(job.source):  # what comes only once is not looked at twice
             return 1.0
         try:
             width, height = read_size(job.source)

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ppsr.archs.atd_light_arch import mirror_pad
 from ppsr.errors import UserError
 from ppsr.images import (
     LUMA,
@@ -48,6 +49,7 @@ from ppsr.tiling import (
     largest_tile,
     run_network,
     tiled_bands,
+    tiled_mask,
 )
 
 __all__ = ['DTYPES', 'Stats', 'Upscaler', 'resolve_device', 'resolve_dtype']
@@ -180,9 +182,17 @@ class Upscaler:
         self.tile, self.tile_overlap = tile, tile_overlap
         self.max_memory = None if max_memory is None else memory.parse_size(max_memory)
         self.say = say
+        self._bytes_per_pixel: float | None = None
+        self.__setstate__({})
+
+    def __getstate__(self) -> dict:
+        """For pickle and copy: everything but what belongs to this process's threads."""
+        return {name: value for name, value in vars(self).items() if name not in ('_last', '_measuring')}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
         self._last = threading.local()
         self._measuring = threading.Lock()
-        self._bytes_per_pixel: float | None = None
 
     @classmethod
     def from_pretrained(
@@ -324,6 +334,35 @@ class Upscaler:
         height, width = (max(1, round(side * self.outscale)) for side in shape[:2])
         return height, width, shape[2]
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether the network exempts pixels."""
+        return hasattr(self.net, 'pure_pass')
+
+    def mask(self, pixels: np.ndarray) -> np.ndarray | None:
+        """The mask that enlarging this picture uses, tile for tile, without enlarging it.
+
+        Args:
+            pixels: (H, W, 1 to 4) uint8, uint16 or float in [0, 1], as for :meth:`upscale_with_stats`.
+
+        Returns:
+            (H, W) bool, True = pure; None for a network that exempts nothing.
+
+        Raises:
+            UserError: not a picture.
+        """
+        if not self.has_mask:
+            return None
+        pixels = _check_array(pixels)
+        tile = self._choose_tile(pixels, 0)
+        colour, _, peak = _split(pixels)
+        with torch.inference_mode():
+            mask = tiled_mask(self._mask_of, self._reader(colour, peak), pixels.shape[:2], tile, self.tile_overlap)
+        return mask[0].numpy()
+
+    def _mask_of(self, lq: Tensor) -> Tensor:
+        return self.net.pure_pass(mirror_pad(lq, self.net.window_size))
+
     # ------------------------------------------------------------------------------------------------- the work
 
     def _enlarge(self, pixels: np.ndarray, consume: Callable, result_bytes: int, on_tile) -> tuple[object, Stats]:
@@ -370,15 +409,9 @@ class Upscaler:
 
     def _rows(self, pixels: np.ndarray, tile: int, totals: Totals, on_tile: Callable[[], None]) -> Iterator[np.ndarray]:
         """The result in bands (rows, W', C), in the dtype of `pixels`."""
-        height, width, channels = pixels.shape
-        peak = np.iinfo(pixels.dtype).max if pixels.dtype.kind == 'u' else 1
-        alpha = pixels[..., -1] if channels in (2, 4) else None
-        colour = pixels if alpha is None else _fill_transparent(pixels[..., :-1], alpha)
-
-        def read(rows: slice, columns: slice) -> Tensor:
-            part = np.ascontiguousarray(colour[rows, columns].transpose(2, 0, 1), np.float32) / np.float32(peak)
-            return torch.from_numpy(part).to(self.device).expand(3, -1, -1)[None]
-
+        height, width, _ = pixels.shape
+        colour, alpha, peak = _split(pixels)
+        read = self._reader(colour, peak)
         bands = tiled_bands(
             self.net, read, (height, width), self.scale, tile, self.tile_overlap, totals, on_tile, self._run
         )
@@ -391,6 +424,15 @@ class Upscaler:
         for band in rows:
             np.clip(band, 0, 1, out=band)
             yield np.rint(band * peak).astype(pixels.dtype) if peak > 1 else band.astype(pixels.dtype)
+
+    def _reader(self, colour: np.ndarray, peak: int) -> Callable[[slice, slice], Tensor]:
+        """read(rows, columns) -> (1, 3, h, w) float32 in [0, 1] on the network's device."""
+
+        def read(rows: slice, columns: slice) -> Tensor:
+            part = np.ascontiguousarray(colour[rows, columns].transpose(2, 0, 1), np.float32) / np.float32(peak)
+            return torch.from_numpy(part).to(self.device).expand(3, -1, -1)[None]
+
+        return read
 
     def _run(self, net: nn.Module, lq: Tensor, totals: Totals) -> tuple[Tensor, Tensor | None]:
         """One network call in the precision chosen; a result that is not finite is never handed on."""
@@ -496,6 +538,15 @@ def _check_array(image: np.ndarray) -> np.ndarray:
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails, too
         raise UserError(f'A float array must lie in [0, 1], this one has {low:g} to {high:g}.')
     return image.clip(0, 1).reshape(*image.shape[:2], -1)
+
+
+def _split(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """Colour (H, W, 1 | 3) without hidden colours, alpha (H, W) or None, and the value of white."""
+    peak = np.iinfo(pixels.dtype).max if pixels.dtype.kind == 'u' else 1
+    if pixels.shape[2] not in (2, 4):
+        return pixels, None, peak
+    alpha = pixels[..., -1]
+    return _fill_transparent(pixels[..., :-1], alpha), alpha, peak
 
 
 def _fill_transparent(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:

@@ -391,8 +391,8 @@ def test_names_of_outputs(tmp_path):
         (tmp_path / 'in' / name).touch()
 
     def targets(*inputs, output='out', **options):
-        jobs = plan_jobs([str(tmp_path / i) for i in inputs], str(tmp_path / output), **options)
-        return [str(job.target.relative_to(tmp_path)) for job in jobs]
+        plan = plan_jobs([str(tmp_path / i) for i in inputs], str(tmp_path / output), **options)
+        return [str(job.target.relative_to(tmp_path)) for job in plan.jobs]
 
     assert targets('in') == ['out/a_out.jpg', 'out/b_out.png', 'out/c_out.png']
     assert targets('in', recursive=True) == ['out/a_out.jpg', 'out/b_out.png', 'out/c_out.png', 'out/sub/d_out.tif']
@@ -400,7 +400,7 @@ def test_names_of_outputs(tmp_path):
     assert targets('in/**/*.tif') == ['out/d_out.tif']
     assert targets('in/a.jpg', output='result.png') == ['result.png']
     assert targets('in/a.jpg', 'in/a.jpg', 'in') == ['out/a_out.jpg', 'out/b_out.png', 'out/c_out.png']
-    assert plan_jobs(['-'], '-') == [Job(STREAM, STREAM)]
+    assert plan_jobs(['-'], '-').jobs == [Job(STREAM, STREAM)]
     assert targets('in', output='in') == ['in/a_out.jpg', 'in/b_out.png', 'in/c_out.png']
     (tmp_path / 'in' / 'a_out.jpg').touch()  # the result of an earlier run is no input
     assert targets('in', output='in') == ['in/a_out.jpg', 'in/b_out.png', 'in/c_out.png']
@@ -417,7 +417,7 @@ def test_names_of_outputs(tmp_path):
         (['empty'], 'out', {}, 'no pictures'),
         (['a.png', 'b.png'], 'x.png', {}, 'one output'),
         (['a.png', 'b.png'], '-', {}, 'one output'),
-        (['a.png', 'a.jpg'], 'out', {'ext': 'png'}, 'would both become'),
+        (['a.png', 'a.jpg'], 'out', {'ext': 'png'}, 'made of a.jpg and of a.png'),
         (['a.png'], '.', {'suffix': ''}, 'is an input'),
         (['a.png'], 'a.png', {}, 'is an input'),
         (['a.png', 'a_out.png'], '.', {}, 'is an input'),
