@@ -9,11 +9,14 @@ through hypothesis. The long run:
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import logging
 import math
 import random
+import resource
+import signal
 import sys
 import tempfile
 import time
@@ -32,6 +35,7 @@ from tiny_training import options, write_pairs
 
 from ppsr.errors import UserError
 from ppsr.masks.pure_pass import pure_mask
+from ppsr.schema import Choice, Each, Either, FilePath, Kind, Nested, Number, Section, Several, Truth, Typed, Whole
 from ppsr.training import checkpoints
 
 ODD_VALUES = [
@@ -70,6 +74,9 @@ FORCED = [
     'val=~',
 ]
 
+SECONDS = 5  # for a case
+BYTES = 2**30
+
 
 @functools.cache
 def workplace() -> Path:
@@ -107,7 +114,8 @@ def upscaler():
 
 
 def options_case(rng: random.Random) -> None:
-    """An options file with entries changed, missing or added, or damaged as text: up to a step and a validation."""
+    """An options file with entries changed, missing or added, drawn from the schema, or damaged as text: up to a step
+    and a validation."""
     from basicsr.data import build_dataloader, build_dataset
     from basicsr.models import build_model
     from basicsr.utils.options import dict2str
@@ -120,6 +128,8 @@ def options_case(rng: random.Random) -> None:
     is_train = rng.random() < 0.8
     if not is_train:
         opt['datasets'] = {'test_1': opt['datasets']['val']}
+    if rng.random() < 0.5:
+        _draw_options(opt, rng)
     for _ in range(rng.choice([0, 1, 1, 2, 4])):
         _change(opt, rng)
     text = yaml.safe_dump(opt, allow_unicode=True)
@@ -150,6 +160,68 @@ def options_case(rng: random.Random) -> None:
             model.validation(loader, 1, None, False)
     except UserError as e:
         _one_sentence(e)
+
+
+def _draw_options(opt: dict, rng: random.Random) -> None:
+    """Change some entries to what the grammar of options (ppsr.training.schema) has for them: values inside and at the
+    ends of their ranges, a few outside; other optimizers, schedulers, losses and metrics."""
+    from ppsr.archs.settings import SETTINGS
+    from ppsr.training import schema
+
+    datasets = opt['datasets']
+    sections = [(opt, schema.Options), (opt['path'], schema.Paths), (opt['val'], schema.TrainVal)]
+    sections += [
+        (opt['train'], schema.Train),
+        (opt['logger'], schema.Logger),
+        (datasets.get('train'), schema.PairedSRTrain),
+    ]
+    sections += [(datasets.get('val') or datasets.get('test_1'), schema.PairedSR)]
+    for values, section in rng.sample([pair for pair in sections if pair[0] is not None], 2):
+        values.update(_draw_section(section, rng, share=0.2, required=False))
+    if rng.random() < 0.3:
+        name = rng.choice(list(SETTINGS))
+        opt['network_g'][name] = _draw(SETTINGS[name][0], rng)
+
+
+def _draw_section(section: type[Section], rng: random.Random, share: float, required: bool = True) -> dict:
+    """Values for a share of the keys of a section, and for those that it has to have."""
+    drawn = {}
+    for name, key in section.model_fields.items():
+        kind = next(m for m in key.metadata if isinstance(m, Kind))
+        # folders of data stay what they are, and VGG's weights would be fetched
+        if isinstance(kind, FilePath) or name in ('datasets', 'network_g', 'perceptual_opt'):
+            continue
+        if (required and key.is_required()) or rng.random() < share:
+            drawn[name] = _draw(kind, rng)
+    return drawn
+
+
+def _draw(kind: Kind, rng: random.Random):
+    """A value of a kind, now and then one that is none."""
+    if rng.random() < 0.1:
+        return rng.choice(ODD_VALUES)
+    if isinstance(kind, Number):
+        least = kind.least if kind.least is not None else kind.above
+        near = (
+            [least, least + 1, least + 2, least + 7] if isinstance(kind, Whole) else [least + 1e-9, least + 0.5, least]
+        )
+        ends = [kind.most, kind.below] if (kind.most or 0) <= 100 else []  # the ends of sizes would take all memory
+        return rng.choice([*near, *(end for end in ends if end is not None), least - 1])
+    if isinstance(kind, Several):
+        count = kind.least if kind.least == kind.most else rng.randrange(kind.least, kind.least + 3)
+        return [_draw(kind.kind, rng) for _ in range(count)]
+    if isinstance(kind, Each):
+        return {name: _draw(kind.kind, rng) for name in rng.sample(['a', 'ratio', 'psnr'], rng.randrange(3))}
+    if isinstance(kind, Typed):
+        name = rng.choice(list(kind.sections))
+        return {'type': name, **_draw_section(kind.sections[name], rng, share=0.3)}
+    if isinstance(kind, Nested):
+        return _draw_section(kind.section, rng, share=0.5)
+    if isinstance(kind, Either):
+        return _draw(rng.choice(kind.kinds), rng)
+    if isinstance(kind, Choice):
+        return rng.choice(kind.values)
+    return rng.choice([True, False]) if isinstance(kind, Truth) else rng.choice(['x', 'params', '{}', '{}x2'])
 
 
 def _change(opt: dict, rng: random.Random) -> None:
@@ -399,6 +471,25 @@ def quiet() -> None:
     warnings.simplefilter('ignore')
 
 
+@contextlib.contextmanager
+def _limits():
+    """TimeoutError where a case takes more than SECONDS, MemoryError where the process grew by more than BYTES."""
+
+    def interrupt(number, frame):
+        raise TimeoutError(f'more than {SECONDS} s')
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    if grown > BYTES:
+        raise MemoryError(f'{grown / 2**30:.1f} GiB')
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--cases', type=int, default=10_000, help='in all')
@@ -409,13 +500,15 @@ def main() -> int:
     quiet()
     torch.set_num_threads(1)
     kinds = [args.only] if args.only else list(KINDS)
+    workplace()  # torch's first steps take their time
     done, found, start = Counter(), {}, time.monotonic()
     for i in range(args.first, args.first + args.cases):
         kind = kinds[i % len(kinds)]
         case = i if args.only else i // len(kinds)
         done[kind] += 1
         try:
-            KINDS[kind](random.Random(f'{args.seed} {kind} {case}'))
+            with _limits():
+                KINDS[kind](random.Random(f'{args.seed} {kind} {case}'))
         except Exception as e:
             where = traceback.extract_tb(e.__traceback__)[-1]
             found.setdefault((kind, type(e).__name__, where.filename, where.lineno), (case, traceback.format_exc()))

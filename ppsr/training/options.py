@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from basicsr.models.base_model import BaseModel
 from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
 
 from ppsr.archs.settings import check_settings
@@ -208,6 +209,8 @@ def load_options(
     opt.update(is_train=is_train, auto_resume=auto_resume, dist=False, rank=0, world_size=1, root_path=str(root))
     _complete_datasets(opt, ours, where)
     _complete_sections(opt, ours, where)
+    if model is not None and schema.is_basicsr(model):
+        _check_basicsr_model(model, opt, where)
     opt['path'] = check(schema.Paths if ours else schema.OpenPaths, opt['path'], f'{where}: path')
     _complete_paths(opt, Path(root))
     return opt
@@ -301,6 +304,35 @@ def _complete_sections(opt: dict, ours: bool, where: str) -> None:
         for key in ('train', 'logger'):
             if opt[key] is None:
                 del opt[key]
+
+
+def _check_basicsr_model(model: type, opt: dict, where: str) -> None:
+    """What basicsr's own models take for granted."""
+    gan = 'GAN' in model.__name__
+    train = opt.get('train') or {}
+    needed = {'network_g': opt}
+    if opt['is_train']:
+        needed |= {'optim_g': train, 'scheduler': train}
+        if gan:
+            needed |= {'network_d': opt, 'optim_d': train, 'gan_opt': train}
+    for key, section in needed.items():
+        place = f'{where}: train → {key}' if section is train else f'{where}: {key}'
+        if not isinstance(section.get(key), dict) or 'type' not in section[key]:
+            raise UserError(f'{place} has to be there, a mapping with a type: {opt["model_type"]} needs it.')
+    if not opt['is_train']:
+        return
+    if train['scheduler']['type'] not in schema.SCHEDULERS:
+        raise UserError(
+            f'{where}: train → scheduler → type: {show(train["scheduler"]["type"])} is not one of '
+            f'{", ".join(schema.SCHEDULERS)}.'
+        )
+    if model.get_optimizer is BaseModel.get_optimizer:
+        for key, optimizer in train.items():
+            if key.startswith('optim_') and isinstance(optimizer, dict) and optimizer.get('type') != 'Adam':
+                raise UserError(
+                    f'{where}: train → {key} → type must be Adam, not {show(optimizer.get("type"))}: '
+                    f"{opt['model_type']} is basicsr's, which knows no other; PurePassSRModel does."
+                )
 
 
 def _check_loggers(opt: dict, where: str) -> None:

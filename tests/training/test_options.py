@@ -307,6 +307,7 @@ def test_models_and_data_sets_of_other_packages_have_their_own_keys(tmp_path, op
     """A GAN of basicsr: registered as it is; RealESRNetModel and its data set: under basicsr's suffix."""
     options |= {'model_type': 'ESRGANModel', 'network_d': {'type': 'VGGStyleDiscriminator', 'num_in_ch': 3}}
     options['path'] |= {'pretrain_network_d': '~/d.pth', 'strict_load_d': True}
+    options['train']['optim_g']['type'] = 'Adam'
     options['train'] |= {'optim_d': {'type': 'Adam', 'lr': 1e-4}, 'gan_opt': {'type': 'GANLoss'}, 'net_d_iters': 1}
     opt = load_options(write(tmp_path, options), True)
     assert opt['network_d']['num_in_ch'] == 3 and opt['train']['optim_d']['type'] == 'Adam'
@@ -320,6 +321,25 @@ def test_models_and_data_sets_of_other_packages_have_their_own_keys(tmp_path, op
 
     options['train']['total_iter'] = 0  # what the training loop reads itself is checked
     with pytest.raises(UserError, match='total_iter'):
+        load_options(write(tmp_path, options), True)
+
+
+@pytest.mark.parametrize(
+    'model, changes, words',
+    [
+        ('SRModel', {}, "train → optim_g → type must be Adam, not 'AdamW'"),
+        ('SRModel', {'train:optim_g': {'lr': 1}}, 'train → optim_g has to be there'),
+        ('SRModel', {'train:scheduler:type': 'StepLR'}, "scheduler → type: 'StepLR' is not one of MultiStepLR"),
+        ('SRModel', {'network_g': None}, 'network_g has to be there'),
+        ('SRGANModel', {}, 'network_d has to be there, a mapping with a type: SRGANModel needs it'),
+        ('SRGANModel', {'network_d': {'type': 'VGGStyleDiscriminator'}}, 'train → optim_d has to be there'),
+    ],
+)
+def test_what_models_of_basicsr_need(tmp_path, options, model, changes, words):
+    options['model_type'] = model
+    for keys, value in changes.items():
+        edit(options, keys, value)
+    with pytest.raises(UserError, match=words):
         load_options(write(tmp_path, options), True)
 
 
