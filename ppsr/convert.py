@@ -5,10 +5,13 @@ from pathlib import Path
 
 from basicsr.utils.registry import ARCH_REGISTRY
 
+from ppsr.archs.settings import check_settings
 from ppsr.errors import UserError
-from ppsr.weights import as_arch, guess_config, load_into, read_checkpoint, save_checkpoint
+from ppsr.weights import as_arch, build_and_load, described, read_checkpoint, save_checkpoint
 
 __all__ = ['convert']
+
+MAX_FACT = 1000  # characters of a fact that are printed
 
 
 def convert(
@@ -38,11 +41,11 @@ def convert(
     if key and checkpoint.key != key:
         raise UserError(f'{source} has no {key!r} weights.')
     known = checkpoint.config is not None
-    config = as_arch(checkpoint.config or guess_config(checkpoint.state_dict), arch)
+    config = as_arch(described(checkpoint, arch), arch)
     if config['type'] not in ARCH_REGISTRY:
         raise UserError(f'{config["type"]!r} is not a registered arch; ours are ATDLight and PPATDLight.')
     if category_size is not None:
-        config['category_size'] = category_size
+        config = check_settings(config | {'category_size': category_size}, f'{source}: its configuration')
     where = {'': 'at the top level', 'safetensors': 'as safetensors'}.get(checkpoint.key, f'under {checkpoint.key!r}')
     tensors = checkpoint.state_dict
     dtypes = ', '.join(sorted({str(t.dtype).removeprefix('torch.') for t in tensors.values()}))
@@ -52,14 +55,19 @@ def convert(
     yield from (f'  {name}: {value}' for name, value in config.items())
     if not known and category_size is None:
         yield f'  (category_size {config["category_size"]} is the published one: the file does not say it)'
-    yield from (f'  {name}: {value}' for name, value in checkpoint.facts.items())
+    yield from (f'  {printable(name)}: {printable(value)}' for name, value in checkpoint.facts.items())
 
     arguments = {name: value for name, value in config.items() if name != 'type'}
     try:
-        net = ARCH_REGISTRY.get(config['type'])(**arguments)
+        net = build_and_load(lambda: ARCH_REGISTRY.get(config['type'])(**arguments), checkpoint, config['type'])
     except (TypeError, ValueError) as error:
         raise UserError(f'{source}: {config["type"]} cannot be built with this configuration: {error}') from None
-    load_into(net, checkpoint)
     buffers = {name: value for name, value in net.state_dict().items() if name not in tensors}  # those that follow
     save_checkpoint(target, tensors | buffers, config, checkpoint.facts)
     yield f'{target} written: {config["type"]} ×{config.get("upscale", "?")}, all keys fit'
+
+
+def printable(value) -> str:
+    """A value from a file on one line of a terminal, without characters that would do something there."""
+    text = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(value)[:MAX_FACT])
+    return text + '…' * (len(str(value)) > MAX_FACT)

@@ -4,17 +4,26 @@
   them makes CPU inference about twice as fast (docs/performance.md).
 - Arithmetic on denormal numbers (tiny probabilities, tiny gradients) is microcoded on many CPUs: flushed to zero.
 
-``PPSR_NO_TUNING=1`` leaves both as they are.
+``PPSR_NO_TUNING=1`` leaves both as they are. Not a matter of speed, and always done: :func:`forbid_unpickling`.
 """
 
 import ctypes
 import os
 import sys
 
-__all__ = ['tune_process']
+__all__ = ['forbid_unpickling', 'tune_process']
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 KEEP_BYTES = 1 << 30  # free memory at the top of the heap that malloc keeps instead of giving it back
+
+
+def forbid_unpickling() -> None:
+    """Let torch.load read nothing but weights in this process and its children, whatever calls it.
+
+    basicsr leaves `weights_only` to torch, whose default was False up to 2.5, and is with a variable since.
+    """
+    os.environ.pop('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', None)
+    os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
 
 
 def tune_process() -> list[str]:

@@ -9,30 +9,40 @@ import io
 import json
 import math
 import pickle
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
+from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ppsr.atomic import atomic_path
 from ppsr.errors import UserError
+from ppsr.schema import show
 from ppsr.shipped import pretrained_models
 
 __all__ = [
     'Checkpoint',
     'as_arch',
+    'build_and_load',
+    'compare',
+    'described',
     'guess_config',
     'list_pretrained',
     'load_into',
     'load_model',
     'read_checkpoint',
+    'require_fit',
     'resolve',
     'save_checkpoint',
 ]
 
+MAX_NAME = 100  # characters of a parameter's name in a message
 DEFAULT_MODEL = 'PPATDLight_x4_cpu'
 # Buffers of the published checkpoints that follow from the configuration. Networks put them into their state dicts,
 # so that other programs find them in our files; reading leaves them out, and loading does not ask for them.
@@ -80,6 +90,8 @@ def read_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
         raise UserError(f'{path}: no such weight file.')
     if path.suffix == '.safetensors':
         return _read_safetensors(path)
+    if zipfile.is_zipfile(path):
+        _check_archive(path)
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
@@ -94,6 +106,18 @@ def read_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
     return _from_content(path, content, key)
 
 
+def _check_archive(path: Path) -> None:
+    """Refuse a zip file that would unpack into more than it holds: torch stores, it does not compress."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        size = path.stat().st_size
+    except Exception as e:  # damaged bytes again
+        raise UserError(f'{path}: not a weight file that torch can read ({_first_line(e)}).') from e
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
+        raise UserError(f'{path}: refused, because it claims to hold more than its {size:,} bytes.')
+
+
 def _from_content(path: Path, content, key: str | None) -> Checkpoint:
     if not isinstance(content, dict):
         raise UserError(f'{path}: holds a {type(content).__name__}, not a dictionary of parameters.')
@@ -103,11 +127,33 @@ def _from_content(path: Path, content, key: str | None) -> Checkpoint:
             break
     else:
         state, used = content, ''
-    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    strange = [name for name, value in state.items() if not isinstance(value, Tensor) or not isinstance(name, str)]
     if strange or not state:
-        found = ', '.join(map(str, strange[:5])) or 'nothing'
+        found = ', '.join(map(show, strange[:5])) or 'nothing'
         raise UserError(f'{path}: no parameters under params_ema, params or at the top level (found: {found}).')
+    _check_tensors(path, state)
     return Checkpoint(_clean(state), key=used, path=path)
+
+
+def _check_tensors(path: Path, state: dict[str, Tensor]) -> None:
+    """Refuse tensors that are no plain numbers in the file, and such that claim to be larger than what is stored."""
+    stored, claimed = {}, 0
+    for name, value in state.items():
+        if value.layout != torch.strided or value.device.type != 'cpu' or value.is_quantized:
+            kind = 'quantized' if value.is_quantized else 'without data' if value.is_meta else f'{value.layout}'
+            raise UserError(
+                f'{path}: {show(name)} is {kind.removeprefix("torch.")}; convert it to plain numbers first.'
+            )
+        size, storage = value.numel() * value.element_size(), value.untyped_storage()
+        if size > storage.nbytes():
+            raise UserError(
+                f'{path}: {show(name)} claims to be {tuple(value.shape)}, more than the {storage.nbytes():,} bytes '
+                'that are there for it.'
+            )
+        stored[storage.data_ptr()] = storage.nbytes()
+        claimed += size
+    if claimed > 2 * sum(stored.values()):  # a few tied weights are in order
+        raise UserError(f'{path}: its tensors claim to be more than the {sum(stored.values()):,} bytes that are there.')
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
@@ -116,10 +162,12 @@ def _read_safetensors(path: Path) -> Checkpoint:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
         config, facts = json.loads(metadata.get('config', 'null')), json.loads(metadata.get('facts', '{}'))
-    except (safetensors.SafetensorError, OSError, ValueError) as e:
+    except Exception as e:  # damaged or hostile: too deep, a type of numbers that torch lacks, no JSON, …
         raise UserError(f'{path}: not a readable safetensors file ({_first_line(e)}).') from e
     if config is not None and not (isinstance(config, dict) and isinstance(config.get('type'), str)):
         raise UserError(f"{path}: its metadata 'config' is not a network configuration with a 'type'.")
+    if not state:
+        raise UserError(f'{path}: holds no parameters.')
     return Checkpoint(_clean(state), config, facts if isinstance(facts, dict) else {}, 'safetensors', path)
 
 
@@ -172,30 +220,62 @@ def load_into(net: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> li
     Raises:
         UserError: strict, and keys are missing, unexpected or of another shape; the keys are named.
     """
-    own, given = _clean(net.state_dict()), checkpoint.state_dict
-    shapes = [
-        f'{name} is {tuple(given[name].shape)} in the file and {tuple(own[name].shape)} in the network'
-        for name in own
-        if name in given and own[name].shape != given[name].shape
-    ]
-    missing = [name for name in own if name not in given]
-    unexpected = [name for name in given if name not in own]
-    if strict and (shapes or missing or unexpected):
+    left_out = [] if strict else compare(net, checkpoint)[1]
+    if strict:
+        require_fit(net, checkpoint)
+    own, given = net.state_dict(), checkpoint.state_dict
+    fitting = {name: value for name, value in given.items() if name in own and not _differs(value, own[name])}
+    net.load_state_dict(fitting, strict=False)
+    return left_out
+
+
+def require_fit(net: nn.Module, checkpoint: Checkpoint) -> None:
+    """Refuse weights that are not those of a network, whose tensors may be without data (meta).
+
+    Raises:
+        UserError: keys are missing, unexpected, or of another shape or kind of number; the keys are named.
+    """
+    problems = compare(net, checkpoint)[0]
+    if problems:
         scale = getattr(net, 'upscale', None)
         if checkpoint.scale and scale and checkpoint.scale != scale:
             raise UserError(
                 f'{checkpoint.path}: weights for ×{checkpoint.scale}, but the network is ×{scale}; name a checkpoint '
                 'of that scale (or set strict_load_g: false to fine-tune from it).'
             )
-        problems = shapes[:]
-        problems += [f'{len(missing)} missing: {_some(missing)}'] if missing else []
-        problems += [f'{len(unexpected)} unexpected: {_some(unexpected)}'] if unexpected else []
         raise UserError(f'{checkpoint.path}: does not fit {type(net).__name__}: {_some(problems, "; ")}.')
-    fitting = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
-    net.load_state_dict(fitting, strict=False)
-    return (
-        shapes + [f'{name} is not in the file' for name in missing] + [f'{n} is not in the network' for n in unexpected]
-    )
+
+
+def compare(net: nn.Module, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+    """What keeps weights from fitting a network: in short, and key by key. Its tensors may be without data (meta)."""
+    own, given = _clean(net.state_dict()), checkpoint.state_dict
+    different = [
+        f'{_name(name)} is {_kind(given[name], tensor)} in the file and {_kind(tensor, given[name])} in the network'
+        for name, tensor in own.items()
+        if name in given and _differs(given[name], tensor)
+    ]
+    missing = [_name(name) for name in own if name not in given]
+    unexpected = [_name(name) for name in given if name not in own]
+    short = different[:]
+    short += [f'{len(missing)} missing: {_some(missing)}'] if missing else []
+    short += [f'{len(unexpected)} unexpected: {_some(unexpected)}'] if unexpected else []
+    every = [f'{name} is not in the file' for name in missing] + [f'{n} is not in the network' for n in unexpected]
+    return short, different + every
+
+
+def _differs(given: Tensor, own: Tensor) -> bool:
+    real = given.is_floating_point() == own.is_floating_point() and given.is_complex() == own.is_complex()
+    return given.shape != own.shape or not real or (given.dtype == torch.bool) != (own.dtype == torch.bool)
+
+
+def _kind(tensor: Tensor, other: Tensor) -> str:
+    """What tells it from the other: its shape, or its type."""
+    return str(tuple(tensor.shape) if tensor.shape != other.shape else tensor.dtype)
+
+
+def _name(name: str) -> str:
+    """A name for a message: other people's may be long, or move the cursor of a terminal."""
+    return name if name.isprintable() and len(name) <= MAX_NAME else show(name)
 
 
 def _some(names: list[str], separator: str = ', ') -> str:
@@ -244,6 +324,68 @@ def _mlp_ratio(hidden: int, dim: int) -> float:
     while int(dim * ratio) < hidden:
         ratio = math.nextafter(ratio, math.inf)
     return ratio
+
+
+def described(checkpoint: Checkpoint, arch: str | None = None) -> dict:
+    """The configuration that a weight file gives, checked before anything is built from it.
+
+    A file is somebody else's: it may name networks of this package alone, and give them settings within their ranges
+    (:mod:`ppsr.archs.settings`); another arch, and what its constructor may open or fetch, is the user's to name.
+
+    Args:
+        arch: of the user, in place of the file's.
+
+    Raises:
+        UserError: the file names another network, or settings that none of ours takes or that are out of range; or its
+            weights are not those of a network that we know.
+    """
+    from ppsr.archs.settings import SETTINGS, check_settings
+
+    config, state, where = checkpoint.config, checkpoint.state_dict, f'{checkpoint.path}: its configuration'
+    if config is None:
+        config = guess_config(state)
+    ours = [name for name, _ in ARCH_REGISTRY if is_ours(name)]
+    if arch is None and config['type'] not in ours:
+        raise UserError(
+            f'{where} names the network {show(config["type"])}; a weight file may name {", ".join(ours)}, another '
+            'network has to be named by you (arch).'
+        )
+    strange = next((key for key in config if key != 'type' and key not in SETTINGS), None)
+    if strange is not None:
+        raise UserError(f'{where} has {show(strange)}, which is no setting of a network of ppsr.')
+    config = check_settings(config, where)
+    if sum(config.get('depths', ())) > len(state):
+        raise UserError(f'{where} asks for {sum(config["depths"])} layers, but there are {len(state)} tensors in all.')
+    return config
+
+
+def is_ours(arch: str) -> bool:
+    """Whether a registered network is one of this package."""
+    return arch in ARCH_REGISTRY and ARCH_REGISTRY.get(arch).__module__.startswith('ppsr.')
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Nothing is initialised: what is built holds shapes, and no memory (with torch.device('meta'))."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, '__name__', '')
+        if name.endswith('_') and not name.endswith('__') and args and isinstance(args[0], Tensor):
+            return args[0]
+        return func(*args, **kwargs or {})
+
+
+def build_and_load(build: Callable[[], nn.Module], checkpoint: Checkpoint, arch: str) -> nn.Module:
+    """Build the network of a checkpoint and load it. One of ours is compared before memory is taken for it.
+
+    Raises:
+        UserError: the parameters do not fit.
+    """
+    if is_ours(arch):  # anybody's constructor may do what needs data
+        with torch.device('meta'), _ShapesOnly():
+            require_fit(build(), checkpoint)
+    net = build()
+    load_into(net, checkpoint)
+    return net
 
 
 def as_arch(config: dict, arch: str | None) -> dict:
@@ -296,17 +438,15 @@ def load_model(
     Raises:
         UserError: no such file or name, weights that do not fit, an arch that does not exist.
     """
-    from basicsr.utils.registry import ARCH_REGISTRY
-
     checkpoint = read_checkpoint(resolve(path_or_name))
-    config = as_arch(checkpoint.config or guess_config(checkpoint.state_dict), arch)
+    config = as_arch(described(checkpoint, arch), arch)
     if not pure_pass and config['type'] == 'PPATDLight':
         config = as_arch(config, 'ATDLight')
     if config['type'] not in ARCH_REGISTRY:
         raise UserError(f'{config["type"]!r} is not a registered arch.')
+    name = config.pop('type')
     try:
-        net = ARCH_REGISTRY.get(config.pop('type'))(**config)
+        net = build_and_load(lambda: ARCH_REGISTRY.get(name)(**config), checkpoint, name)
     except (TypeError, ValueError) as e:
         raise UserError(f'{checkpoint.path}: its configuration cannot be built: {e}') from e
-    load_into(net, checkpoint)
     return net.to(device=device, dtype=dtype).eval()

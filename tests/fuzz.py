@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import functools
 import io
+import json
 import logging
 import math
 import random
@@ -342,6 +343,59 @@ def weights_case(rng: random.Random) -> None:
         _one_sentence(e)
 
 
+TYPES = ['ATDLight', 'PPATDLight', 'CAMixerATDLight', 'SpyNet', 'VGGFeatureExtractor', 'RRDBNet', '', 'x', 5, None]
+NUMBERS = [0, 1, 2, 3, 7, 16, 48, 1024, 1025, -1, 10**9, 10**30, 0.5, 1.0, 5.5, math.nan, math.inf, True, None, '8']
+
+
+def metadata_case(rng: random.Random) -> None:
+    """A whole weight file whose metadata are made by a grammar: refused, or a network that enlarges a picture."""
+    import safetensors.torch
+
+    from ppsr.archs.settings import SETTINGS
+    from ppsr.convert import convert
+    from ppsr.weights import load_model
+
+    def value(depth: int = 0):
+        kind = rng.randrange(6)
+        if kind == 0 and depth < 3:
+            return [value(depth + 1) for _ in range(rng.choice([0, 1, 2, 65, 300]) if depth == 0 else 2)]
+        if kind == 1 and depth < 3:
+            return {rng.choice([*SETTINGS, 'type', 'x']): value(depth + 1)}
+        return rng.choice(ODD_VALUES if kind == 2 else NUMBERS)
+
+    config = {'type': rng.choice([*TYPES[:3], *TYPES]), **TINY, 'depths': [1], 'num_heads': [2]}
+    for _ in range(rng.choice([0, 1, 1, 2, 5])):
+        key = rng.choice([*SETTINGS, *SETTINGS, 'type', 'load_path', 'self', 'args', '__class__', '\x1b[2J'])
+        if rng.random() < 0.2:
+            config.pop(key, None)
+        else:
+            config[key] = value()
+    text = json.dumps(config)
+    how = rng.randrange(8)
+    if how == 0:
+        text = _damage(text.encode(), rng).decode('utf-8', errors='replace')
+    elif how == 1:
+        text = rng.choice(['[', '{"type":', '"', '9']) * rng.choice([1, 1000, 200_000])
+    metadata = {'config': text, 'facts': json.dumps({'\x1b[2J': value()}) if rng.random() < 0.5 else text}
+    state = network().state_dict()
+    if rng.random() < 0.3:
+        name = rng.choice(list(state))
+        state[name] = rng.choice([lambda x: x.half(), lambda x: x.int(), lambda x: x[:1].clone()])(state[name])
+    path = workplace() / 'metadata.safetensors'
+    safetensors.torch.save_file(state, path, metadata)
+    try:
+        net = load_model(path, arch=rng.choice([None, None, None, 'PPATDLight', 'SpyNet', 'x']))
+    except UserError as e:
+        _one_sentence(e)
+    else:
+        assert net(torch.rand(1, 3, 5, 6)).shape == (1, 3, 10, 12)
+    try:
+        for line in convert(path, workplace() / 'converted.safetensors'):
+            assert line.isprintable(), f'would move the cursor: {line!r}'
+    except UserError as e:
+        _one_sentence(e)
+
+
 def network_copy():
     import copy
 
@@ -465,7 +519,13 @@ def _network_case(rng: random.Random) -> None:
     assert sr.isfinite().all(), 'not finite'
 
 
-KINDS = {'options': options_case, 'pictures': picture_case, 'weights': weights_case, 'tensors': tensor_case}
+KINDS = {
+    'options': options_case,
+    'pictures': picture_case,
+    'weights': weights_case,
+    'metadata': metadata_case,
+    'tensors': tensor_case,
+}
 
 
 def quiet() -> None:

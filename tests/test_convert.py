@@ -121,7 +121,7 @@ def test_what_is_refused(tmp_path, plain, capsys, monkeypatch):
         (['-i', 'plain.pth', '-o', 'x.bin'], 'safetensors or .pth'),
         (['-i', 'plain.pth', '-o', 'text.pth'], 'exists already'),
         (['-i', 'plain.pth', '-o', 'x.pth', '--arch', 'Nonsense'], 'not a registered arch'),
-        (['-i', 'plain.pth', '-o', 'x.pth', '--category-size', '0'], 'category_size'),
+        (['-i', 'plain.pth', '-o', 'x.pth', '--category-size', '0'], '--category-size'),
     ):
         assert main(['convert', *arguments]) == 2, arguments
         said = capsys.readouterr().err

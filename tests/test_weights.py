@@ -1,15 +1,22 @@
 """Weight files: reading safely, writing whole, saying what does not fit."""
 
+import json
+import os
 import pickle
+import re
+import subprocess
+import sys
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import safetensors
 import torch
-from support import TINY
+from support import REPOSITORY, TINY
 
 from ppsr.archs import ATDLight, PPATDLight
+from ppsr.convert import convert
 from ppsr.errors import UserError
 from ppsr.weights import (
     guess_config,
@@ -230,3 +237,137 @@ def test_the_shipped_weights_load_by_name():
         resolve('no_such_model')
     with pytest.raises(UserError, match='not a registered arch'):
         load_model(arch='NoArch')
+
+
+# ------------------------------------------------------------------------------------------------- hostile weight files
+
+
+def described_as(folder, config) -> Path:
+    """A small, whole file with this configuration in its metadata, as text or as what becomes JSON."""
+    metadata = {'config': config if isinstance(config, str) else json.dumps(config)}
+    safetensors.torch.save_file({'conv_first.weight': torch.zeros(16, 3, 3, 3)}, folder / 'x.safetensors', metadata)
+    return folder / 'x.safetensors'
+
+
+@pytest.mark.parametrize(
+    'config, words',
+    [
+        ({'type': 'SpyNet', 'load_path': 'evil.bin'}, "names the network 'SpyNet'; a weight file may name ATDLight"),
+        ({'type': 'VGGFeatureExtractor', 'vgg_type': 'vgg11'}, 'names the network'),
+        ({'type': 'os.system'}, 'names the network'),
+        ({'type': 'ATDLight', 'load_path': 'evil.bin'}, "has 'load_path', which is no setting"),
+        ({'type': 'ATDLight', 'self': 1}, "has 'self'"),
+        ({'type': 'ATDLight', 'embed_dim': 10**9}, 'embed_dim must be a whole number from 1 to 1024'),
+        ({'type': 'ATDLight', 'embed_dim': '48'}, 'embed_dim must be'),
+        ({'type': 'ATDLight', 'mlp_ratio': -1}, 'mlp_ratio must be'),
+        ('{"type": "ATDLight", "mlp_ratio": Infinity}', 'mlp_ratio must be'),
+        ('{"type": "ATDLight", "mlp_ratio": NaN}', 'mlp_ratio must be'),
+        ({'type': 'ATDLight', 'window_size': 10**6}, 'window_size must be'),
+        ({'type': 'ATDLight', 'num_tokens': 10**9}, 'num_tokens must be'),
+        ({'type': 'ATDLight', 'upscale': 10**9}, 'upscale must be'),
+        ({'type': 'ATDLight', 'category_size': 10**30}, 'category_size must be'),
+        ({'type': 'ATDLight', 'convffn_kernel_size': -1}, 'convffn_kernel_size must be'),
+        ({'type': 'ATDLight', 'convffn_kernel_size': 4}, 'convffn_kernel_size'),
+        ({'type': 'ATDLight', 'depths': [10**7, 2], 'num_heads': [1, 1]}, 'depths must be'),
+        ({'type': 'ATDLight', 'depths': [64] * 64, 'num_heads': [1] * 64}, 'asks for 4096 layers'),
+        ({'type': 'ATDLight', 'depths': 6}, 'depths must be'),
+        ({'type': 'ATDLight', 'depths': [1], 'num_heads': [1], 'embed_dim': 1024}, 'does not fit ATDLight'),
+        ({'type': 'PPATDLight', 'pp_num_centers': 10**9}, 'pp_num_centers must be'),
+        ({'type': 'PPATDLight', 'pp_window_size': 5.5}, 'pp_window_size must be'),
+        ({'type': 'PPATDLight', 'pp_window_size': True}, 'pp_window_size must be'),
+        ({'type': 'PPATDLight', 'pp_shift': 1.5}, 'pp_shift must be'),
+        ({'type': 'PPATDLight', 'pp_fuse': 'no'}, 'pp_fuse must be'),
+        ({'type': ['ATDLight']}, "not a network configuration with a 'type'"),
+        ('[' * 200_000, 'not a readable safetensors file'),
+        ('{"type": ' + '9' * 10_000 + '}', 'not a readable safetensors file'),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_file_chooses_neither_code_nor_memory(tmp_path, config, words):
+    """Nothing is built of what a file only claims; all of it is one sentence."""
+    path = described_as(tmp_path, config)
+    for run in (lambda: load_model(path), lambda: list(convert(path, tmp_path / 'y.pth'))):
+        with pytest.raises(UserError, match=re.escape(words)):
+            run()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_the_user_names_stays_free_but_not_what_a_file_tells_it(tmp_path):
+    """--arch may name anybody's network; the file's settings are held against ours all the same."""
+    path = described_as(tmp_path, {'type': 'ATDLight', 'load_path': 'evil.bin'})
+    with pytest.raises(UserError, match='load_path'):
+        load_model(path, arch='SpyNet')
+    path = described_as(tmp_path, {'type': 'ATDLight', 'embed_dim': 16})
+    with pytest.raises(UserError, match='SpyNet'):
+        load_model(path, arch='SpyNet')
+
+
+def strange_tensors() -> dict:
+    x = torch.zeros(16, 3, 3, 3)
+    return {
+        'sparse': (x.to_sparse(), 'is sparse_coo'),
+        'quantized': (torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), 'is quantized'),
+        'meta': (x.to('meta'), 'is without data'),
+        'expanded': (torch.zeros(1).expand(16000, 300, 300, 30), 'claims to be (16000, 300, 300, 30)'),
+        'complex': (x.to(torch.complex64), 'is torch.complex64 in the file and torch.float32 in the network'),
+        'bool': (x.bool(), 'is torch.bool in the file'),
+        'integer': (x.int(), 'is torch.int32 in the file'),
+        'text': ('zeros', "found: 'conv_first.weight'"),
+    }
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', strange_tensors())
+def test_tensors_that_are_no_weights_are_refused(tmp_path, net, kind):
+    value, words = strange_tensors()[kind]
+    state = net.state_dict() | {'conv_first.weight': value}
+    torch.save({'params': state}, tmp_path / 'x.pth')
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_into(net, read_checkpoint(tmp_path / 'x.pth'))
+
+
+def test_many_tensors_on_the_same_bytes_are_refused(tmp_path):
+    x = torch.zeros(1000)
+    torch.save({str(i): x for i in range(2000)}, tmp_path / 'x.pth')
+    with pytest.raises(UserError, match='claim to be more than the 4,000 bytes'):
+        read_checkpoint(tmp_path / 'x.pth')
+    torch.save({'a': x, 'b': x}, tmp_path / 'tied.pth')
+    assert set(read_checkpoint(tmp_path / 'tied.pth').state_dict) == {'a', 'b'}
+
+
+def test_keys_that_are_no_text_are_refused(tmp_path):
+    torch.save({1: torch.zeros(3)}, tmp_path / 'x.pth')
+    with pytest.raises(UserError, match='found: 1'):
+        read_checkpoint(tmp_path / 'x.pth')
+
+
+def test_a_zip_bomb_is_refused_before_it_unpacks(tmp_path):
+    torch.save({'x': torch.zeros(1_000_000)}, tmp_path / 'x.pth')
+    with zipfile.ZipFile(tmp_path / 'x.pth') as plain, zipfile.ZipFile(tmp_path / 'bomb.pth', 'w', 8) as bomb:
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    assert (tmp_path / 'bomb.pth').stat().st_size < 20_000
+    with pytest.raises(UserError, match='claims to hold more'):
+        read_checkpoint(tmp_path / 'bomb.pth')
+
+
+def test_facts_do_not_write_to_the_terminal(tmp_path, net, tiny):
+    save_checkpoint(
+        tmp_path / 'x.safetensors',
+        net.state_dict(),
+        {'type': 'ATDLight', **tiny},
+        {'by\x1b[2J': '\x1b]0;x\x07\nlie: 1'},
+    )
+    lines = list(convert(tmp_path / 'x.safetensors', tmp_path / 'y.safetensors'))
+    assert all(line.isprintable() for line in lines) and any('\\x1b[2J' in line for line in lines)
+
+
+@pytest.mark.parametrize('setting', [None, 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'])
+def test_commands_unpickle_nothing_whatever_the_default_of_torch(tmp_path, setting):
+    """basicsr's own loads, too: SpyNet's, named in the user's options, leaves `weights_only` to torch."""
+    torch.save({'params': Evil()}, tmp_path / 'evil.bin')
+    (tmp_path / 'o.yml').write_text('network_g: {type: SpyNet, load_path: evil.bin}')
+    code = "import sys, os; sys.path.pop(0); from ppsr.cli import main; sys.exit(main(['complexity', '-opt', 'o.yml']))"
+    environment = os.environ | {'PYTHONPATH': str(REPOSITORY)} | ({setting: '1'} if setting else {})
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and not (tmp_path / 'executed').exists(), done.stdout + done.stderr

@@ -21,7 +21,7 @@ SETTINGS: dict[str, tuple[Kind, bool]] = {
     'embed_dim': (DIMENSION, False),
     'depths': (Several(Whole(1, 64), most=64), False),
     'num_heads': (Several(Whole(1, 1024), most=64), False),
-    'window_size': (Whole(1, 128), False),
+    'window_size': (Whole(1, 64), False),
     'category_size': (Whole(1, 65536), False),
     'num_tokens': (Whole(1, 4096), False),
     'reducted_dim': (DIMENSION, False),

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 
 from ppsr.errors import UserError
-from ppsr.runtime import tune_process
+from ppsr.runtime import forbid_unpickling, tune_process
 from ppsr_command import COMMANDS, build_parser, main
 
 __all__ = ['COMMANDS', 'build_parser', 'main', 'run']
@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         with _signals():
+            forbid_unpickling()
             tune_process()
             return importlib.import_module(f'ppsr.cli.{args.command}').run(args) or 0
     except UserError as error:
