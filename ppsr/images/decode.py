@@ -1,99 +1,141 @@
-"""Reading pictures: what a file says about a picture is kept in a :class:`Picture`, nothing lost silently.
+"""Reading pictures: one decoder for enlarging and for data sets. What a file says is kept in a :class:`Picture`.
 
-Pillow decodes; PNG and TIFF of 16 bits go through imagecodecs and tifffile, as Pillow has no 16-bit colour. The EXIF
-orientation is applied, CMYK and Lab become sRGB, palettes become RGB or RGBA.
+The first bytes say the format (:mod:`ppsr.images.formats`), and the file is handed to the reader of that format alone.
+Before memory is taken for pixels, what the header promises is multiplied out (:func:`check_size`). The EXIF orientation
+is applied, CMYK and Lab become sRGB, palettes become RGB or RGBA, samples of 9 to 15 bits are scaled to 16 bits.
 """
 
 import contextlib
 import io
 import os
-import struct
+import stat
+import threading
 import warnings
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import BinaryIO
 
-import imagecodecs
 import numpy as np
-import tifffile
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import GifImagePlugin, Image, ImageCms, ImageFile, TiffImagePlugin
 
 from ppsr.errors import DataError, UserError
-from ppsr.images.arrays import MODES, turn
+from ppsr.images import deep, png, pnm, tiff
+from ppsr.images.arrays import to_8_bits, turn
+from ppsr.images.formats import recognise
+from ppsr.images.picture import MAX_PIXELS, ORIENTATION, Header, Picture, check_size, orientation_of, plausible_dpi
 
 __all__ = [
-    'Picture',
     'decode_rgb',
     'describe_conversion',
     'from_pil',
     'image_size',
+    'read_header',
     'read_picture',
     'read_size',
     'to_pil',
 ]
 
-ORIENTATION = 0x0112  # EXIF and TIFF tag
-_FORMATS_WITH_EXIF = frozenset({'JPEG', 'MPO', 'TIFF', 'WEBP'})
+MAX_STREAM = 8 * MAX_PIXELS  # bytes of a pipe or standard input: no picture that is read takes more
+HEAD = 2**16  # bytes in which AVIF has its properties
+OWN = {'PNG': png, 'PNM': pnm, 'TIFF': tiff}  # the readers that are not Pillow's
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture in memory.
+def read_picture(source: str | os.PathLike | BinaryIO | bytes, name: str | None = None) -> Picture:
+    """Read a picture from a path, a binary stream, or the contents of a file.
 
-    Attributes:
-        pixels: (H, W, C) uint8 or uint16, upright; C = 1 gray, 2 gray and alpha, 3 RGB, 4 RGBA; alpha is not
-            premultiplied.
-        icc: ICC profile that belongs to the pixels, or None.
-        dpi: (x, y) pixels per inch, or None.
-        notes: what the reader did that the user should know, e.g. 'first of 12 frames'.
-    """
-
-    pixels: np.ndarray
-    icc: bytes | None = None
-    dpi: tuple[float, float] | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def mode(self) -> str:
-        return MODES[self.pixels.shape[2]]
-
-
-def read_picture(source: str | os.PathLike | BinaryIO) -> Picture:
-    """Read a picture from a path or a binary stream.
+    Args:
+        source: what to read.
+        name: how to call it in an error message; by default the path, or 'standard input'.
 
     Raises:
-        UserError: there is no such file, it is not a picture, is damaged, has no pixels, is too large to be true
-            (Pillow's limit against decompression bombs, 179 megapixels), or has samples of neither 8 nor 16 bits.
+        UserError: there is no such file, it is not a picture, is damaged, has no pixels, promises more than is read
+            (:func:`ppsr.images.picture.check_size`), or has samples that are signed, floating-point or of more than 16
+            bits.
     """
-    name, data = _load(source)
-    with _user_errors(name):
-        with _deep_tiff(data) as tiff:
-            if tiff is not None:
-                return _read_deep_tiff(tiff, name)
-        with _open(data) as image:
-            if 0 in image.size:
-                raise UserError(f'{name} has no pixels ({image.size[0]}×{image.size[1]}).')
-            frames = getattr(image, 'n_frames', 1)
-            notes = (f'first of {frames} frames',) if frames > 1 else ()
-            dpi = _dpi(image)  # before the frame is loaded: some plugins change their info then
-            deep = _decode_deep_png(data, image)
-            if deep is not None:
-                pixels = turn(deep, image.getexif().get(ORIENTATION, 1))
-                return Picture(pixels, image.info.get('icc_profile'), dpi, notes)
-            picture = from_pil(image, name)
-            return replace(picture, dpi=dpi, notes=notes + picture.notes)
+    with _opened(source, name) as (file, name), _user_errors(name), _settings():
+        form = recognise(file, name)
+        picture = OWN[form].read(file, name) if form in OWN else None
+        return picture or _read_by_pillow(file, form, name)
+
+
+def read_header(source: str | os.PathLike | BinaryIO | bytes, name: str | None = None) -> Header:
+    """Size, mode, depth and orientation, without decoding; raises UserError as :func:`read_picture` does."""
+    with _opened(source, name, stream=False) as (file, name), _user_errors(name), _settings():
+        form = recognise(file, name)
+        if form in OWN:
+            return OWN[form].header(file, name)
+        with _pillow(file, form, name) as image:
+            bits = 8
+            if form == 'AVIF':
+                bits = deep.avif_bits(_head(file))
+            elif form == 'JPEG2000':
+                bits = deep.jp2_bits(_head(file), name)
+            return Header(*image.size, image.mode.split(';')[0], bits, _orientation(image))
 
 
 def read_size(source: str | os.PathLike) -> tuple[int, int]:
-    """(width, height) as stored, from the header alone; raises UserError as :func:`read_picture` does."""
-    with _user_errors(str(source)):
-        with _deep_tiff(source) as tiff:
-            if tiff is not None:
-                return tiff.pages[0].imagewidth, tiff.pages[0].imagelength
-        with _open(source) as image:
-            return image.size
+    """(width, height) when turned upright, from the header alone; raises UserError as :func:`read_picture` does."""
+    return read_header(source).upright[::-1]
+
+
+# ----------------------------------------------------------------------------------------------------------- data sets
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) of an image file as :func:`decode_rgb` gives it, from the header alone.
+
+    Raises:
+        DataError: as for :func:`decode_rgb`.
+    """
+    with _data_errors():
+        return read_header(path).upright
+
+
+def describe_conversion(path: str | os.PathLike) -> str | None:
+    """What :func:`decode_rgb` has to change to make 8-bit RGB of this file, in words; None when nothing."""
+    with _data_errors():
+        header = read_header(path)
+    upright = ', turned upright' if header.orientation != 1 else ''
+    if header.mode == 'RGB' and header.bits == 8 and not upright:
+        return None
+    kind = {
+        'L': 'gray',
+        'P': 'palette',
+        'RGBA': 'RGBA (alpha dropped)',
+        'LA': 'gray with alpha (dropped)',
+        '1': 'black and white',
+    }.get(header.mode, header.mode)
+    return f'{f"{header.bits}-bit " if header.bits > 8 else ""}{kind} -> 8-bit RGB{upright}'
+
+
+def decode_rgb(source: str | os.PathLike | bytes, where: str | os.PathLike | None = None) -> np.ndarray:
+    """Decode an image file, or the bytes of one, to a writable uint8 RGB array of shape (H, W, 3).
+
+    This is :func:`read_picture`, then: gray is repeated over the channels, alpha is dropped, 16 bits are rounded to 8.
+
+    Args:
+        source: a path, or the contents of an image file.
+        where: how to call the image in an error message; by default the path.
+
+    Raises:
+        DataError: where :func:`read_picture` raises UserError.
+    """
+    with _data_errors():
+        pixels = read_picture(source, None if where is None else str(where)).pixels
+    if pixels.shape[2] in (2, 4):
+        pixels = pixels[..., :-1]
+    pixels = to_8_bits(pixels)
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else np.ascontiguousarray(pixels)
+
+
+@contextlib.contextmanager
+def _data_errors() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise DataError(str(error)) from error
+
+
+# -------------------------------------------------------------------------------------------------------------- Pillow
 
 
 def from_pil(image: Image.Image, name: str = 'the image') -> Picture:
@@ -104,16 +146,21 @@ def from_pil(image: Image.Image, name: str = 'the image') -> Picture:
     Raises:
         UserError: no pixels, or a mode (32-bit integers beyond 16 bits, floats) that cannot be kept.
     """
-    if 0 in image.size:
-        raise UserError(f'{name} has no pixels ({image.size[0]}×{image.size[1]}).')
+    check_size(name, *image.size, samples=len(image.getbands()), bits=8)
+    with _user_errors(name), _settings():
+        return _from_pil(image, name)
+
+
+def _from_pil(image: Image.Image, name: str) -> Picture:
+    dpi = plausible_dpi(image.info.get('dpi'))  # before the frame is loaded: some plugins change their info then
     image.load()
     icc, notes, mode = image.info.get('icc_profile'), (), image.mode
-    orientation = image.getexif().get(ORIENTATION, 1)  # after loading: Pillow turns TIFFs itself then
+    orientation = _orientation(image)  # after loading: Pillow turns TIFFs itself then
     if mode.startswith('I'):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise UserError(f'{name} has 32-bit samples beyond the 16-bit range; convert it to 16 bits first.')
-        return Picture(turn(values.astype(np.uint16)[..., None], orientation), icc, _dpi(image))
+        return Picture(turn(values.astype(np.uint16)[..., None], orientation), icc, dpi)
     if mode == 'F':
         raise UserError(f'{name} has floating-point samples; convert it to 8 or 16 bits first.')
     transparent = 'transparency' in image.info or mode in ('PA', 'La', 'RGBa')
@@ -124,7 +171,7 @@ def from_pil(image: Image.Image, name: str = 'the image') -> Picture:
     elif mode not in ('LA', 'RGB', 'RGBA') or transparent:  # P, PA, RGBa, RGBX, or a colour that means transparent
         image = image.convert('RGBA' if transparent else 'RGB')
     pixels = np.asarray(image).reshape(image.height, image.width, -1)
-    return Picture(turn(pixels, orientation), icc, _dpi(image), notes)
+    return Picture(turn(pixels, orientation), icc, dpi, notes)
 
 
 def to_pil(picture: Picture) -> Image.Image:
@@ -148,117 +195,52 @@ def to_pil(picture: Picture) -> Image.Image:
     return image
 
 
-def _load(source) -> tuple[str, str | os.PathLike | BinaryIO]:
-    """A name for messages, and something that can be opened twice."""
-    if hasattr(source, 'read'):
-        data = source.read()
-        if not data:
-            raise UserError('Standard input is empty; pipe a picture into it.')
-        return 'standard input', io.BytesIO(data)
-    return str(source), source
+def _read_by_pillow(file: BinaryIO, form: str, name: str) -> Picture:
+    with _pillow(file, form, name) as image:
+        frames, notes, colour, pixels, bits = _frames(image), (), (), None, 8
+        if form in ('AVIF', 'JPEG2000'):
+            file.seek(0)
+            data = file.read()
+            bits = deep.avif_bits(data[:HEAD]) if form == 'AVIF' else deep.jp2_bits(data, name)
+            colour = deep.avif_colour(data[:HEAD]) if form == 'AVIF' else ()
+            if bits > 8:
+                pixels = (deep.read_avif if form == 'AVIF' else deep.read_jp2)(data, bits, image)
+            file.seek(0)
+        if frames > 1:
+            notes = (f'first of {frames} frames',)
+        if pixels is not None:
+            icc, dpi = image.info.get('icc_profile'), plausible_dpi(image.info.get('dpi'))
+            return Picture(turn(pixels, _orientation(image)), icc, dpi, notes, colour)
+        picture = _from_pil(image, name)
+        return Picture(picture.pixels, picture.icc, picture.dpi, notes + picture.notes, colour)
 
 
-@contextlib.contextmanager
-def _user_errors(name: str) -> Iterator[None]:
-    """What Pillow, tifffile and imagecodecs say of a bad file, as one UserError."""
+def _pillow(file: BinaryIO, form: str, name: str) -> Image.Image:
+    """The image opened by one of Pillow's plug-ins, which is named, and of a size that may be decoded."""
+    file.seek(0)
+    if form not in Image.OPEN:
+        Image.init()
+        if form not in Image.OPEN:
+            raise UserError(f'{name}: this Pillow reads no {form}; install a newer one, or convert the file to PNG.')
+    image = Image.open(file, formats=[form])
+    bits = 16 if image.mode.startswith('I') else 8
+    check_size(name, *image.size, samples=len(image.getbands()), bits=bits)
+    return image
+
+
+def _frames(image: Image.Image) -> int:
     try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f'{name} does not exist.') from None
-    except IsADirectoryError:
-        raise UserError(f'{name} is a folder, not a picture.') from None
-    except PermissionError:
-        raise UserError(f'{name} cannot be read: permission denied.') from None
-    except Image.DecompressionBombError as error:
-        raise UserError(f'{name} is too large to be opened safely: {error}') from None
-    except UnidentifiedImageError:
-        size = os.path.getsize(name) if os.path.exists(name) else None
-        raise UserError(f'{name} is {"empty (0 bytes)" if size == 0 else "not a picture that can be read"}.') from None
-    except (OSError, SyntaxError, EOFError, struct.error, zlib.error, LookupError, TypeError, ValueError) as error:
-        raise UserError(f'{name} is damaged or incomplete: {error}') from None
-    except RuntimeError as error:  # imagecodecs' errors of every codec are RuntimeErrors named after it
-        if type(error) is RuntimeError:
-            raise
-        raise UserError(f'{name} is damaged or incomplete: {error}') from None
+        return getattr(image, 'n_frames', 1)
+    except Exception:  # frames behind the first that are damaged do not concern us
+        image.seek(0)
+        return 1
 
 
-def _open(source) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # 89 to 179 megapixels: wanted here
-        warnings.simplefilter('ignore', UserWarning)  # broken metadata of a picture that is whole
-        return Image.open(source)
-
-
-def _dpi(image: Image.Image) -> tuple[float, float] | None:
-    return _plausible(image.info.get('dpi'))
-
-
-def _plausible(dpi) -> tuple[float, float] | None:
+def _orientation(image: Image.Image) -> int:
     try:
-        x, y = (float(value) for value in dpi)
-    except (TypeError, ValueError, ZeroDivisionError):
-        return None
-    return (x, y) if 1 <= x < 1e6 and 1 <= y < 1e6 else None
-
-
-def _decode_deep_png(data, image: Image.Image) -> np.ndarray | None:
-    """(H, W, C) uint16 of a 16-bit PNG, None for every other file."""
-    if image.format != 'PNG' or 'transparency' in image.info:  # one colour as transparent is not worth 16 bits
-        return None
-    encoded = data.getvalue() if isinstance(data, io.BytesIO) else Path(data).read_bytes()
-    if encoded[24] != 16:  # the bit depth in IHDR
-        return None
-    pixels = imagecodecs.png_decode(encoded)
-    return pixels.reshape(pixels.shape[0], pixels.shape[1], -1)
-
-
-@contextlib.contextmanager
-def _deep_tiff(data) -> Iterator[tifffile.TiffFile | None]:
-    """The file opened by tifffile if it is a TIFF of 16-bit integers, else None."""
-    with contextlib.ExitStack() as stack:
-        file = data if isinstance(data, io.BytesIO) else stack.enter_context(open(data, 'rb'))
-        magic = file.read(4)
-        file.seek(0)
-        tiff = None
-        if magic in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'):
-            tiff = stack.enter_context(tifffile.TiffFile(file))
-            if not tiff.pages or tiff.pages[0].dtype != np.uint16:
-                tiff = None
-                file.seek(0)
-        yield tiff
-
-
-def _read_deep_tiff(tiff: tifffile.TiffFile, name: str) -> Picture:
-    page = tiff.pages[0]
-    if page.imagewidth * page.imagelength > 2 * Image.MAX_IMAGE_PIXELS:
-        raise UserError(f'{name} is too large to be opened safely: {page.imagewidth}×{page.imagelength} pixels.')
-    kinds = tifffile.PHOTOMETRIC
-    colours = {kinds.MINISBLACK: 1, kinds.MINISWHITE: 1, kinds.RGB: 3}.get(page.photometric)
-    if colours is None or page.imagedepth != 1:
-        raise UserError(f'{name} is a 16-bit {page.photometric.name} TIFF; convert it to gray or RGB first.')
-    pixels = page.asarray()
-    if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and page.samplesperpixel > 1:
-        pixels = np.moveaxis(pixels, 0, -1)
-    pixels = pixels.reshape(page.imagelength, page.imagewidth, -1)
-    if page.photometric == kinds.MINISWHITE:
-        pixels = np.concatenate([65535 - pixels[..., :1], pixels[..., 1:]], axis=2)
-    extra = page.extrasamples[0] if page.extrasamples else tifffile.EXTRASAMPLE.UNSPECIFIED
-    if extra == tifffile.EXTRASAMPLE.ASSOCALPHA:
-        pixels = _unpremultiply(pixels, colours)
-    has_alpha = extra != tifffile.EXTRASAMPLE.UNSPECIFIED
-    icc, orientation = page.tags.valueof('InterColorProfile'), page.tags.valueof('Orientation', default=1)
-    notes = (f'first of {len(tiff.pages)} frames',) if len(tiff.pages) > 1 else ()
-    dpi = None
-    if page.resolutionunit in (tifffile.RESUNIT.INCH, tifffile.RESUNIT.CENTIMETER):
-        dpi = page.get_resolution(tifffile.RESUNIT.INCH)
-    return Picture(turn(pixels[..., : colours + has_alpha], orientation), icc, _plausible(dpi), notes)
-
-
-def _unpremultiply(pixels: np.ndarray, colours: int) -> np.ndarray:
-    alpha = pixels[..., colours : colours + 1].astype(np.float32)
-    straight = pixels[..., :colours] * (65535 / np.maximum(alpha, 1))
-    straight = np.clip(np.rint(straight), 0, 65535).astype(np.uint16)
-    return np.concatenate([straight, pixels[..., colours : colours + 1]], axis=2)
+        return orientation_of(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # Pillow raises anything on broken EXIF, which breaks no picture
+        return 1
 
 
 def _to_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
@@ -272,79 +254,81 @@ def _to_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
     return image.convert('RGB')
 
 
-def _open_rgb(source: str | Path | bytes, where: str | Path) -> Image.Image:
-    """Open an image and read its header. The size is judged here, before memory is taken for pixels."""
+# --------------------------------------------------------------------------------------------------- files and errors
+
+
+def _head(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read(HEAD)
+
+
+@contextlib.contextmanager
+def _opened(source, name: str | None, stream: bool = True) -> Iterator[tuple[BinaryIO, str]]:
+    """(a file that can be sought in, a name for messages); pipes are read whole, devices are refused."""
+    if isinstance(source, (bytes, bytearray)):
+        yield io.BytesIO(source), name or 'the image'
+    elif hasattr(source, 'read'):
+        yield _whole(source, name or 'standard input'), name or 'standard input'
+    else:
+        name = name or str(source)
+        with _user_errors(name), contextlib.ExitStack() as stack:
+            mode = os.stat(source).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (stat.S_ISFIFO(mode) and stream)):
+                kind = 'a pipe: its size is not known before it is read' if stat.S_ISFIFO(mode) else 'no regular file'
+                raise UserError(f'{name} is {kind}; give a picture file.')
+            file = stack.enter_context(open(source, 'rb'))
+            yield (file if stat.S_ISREG(mode) else _whole(file, name)), name
+
+
+def _whole(stream: BinaryIO, name: str) -> BinaryIO:
+    data = stream.read(MAX_STREAM + 1)
+    if not data:
+        empty = 'Standard input is empty; pipe a picture into it.' if name == 'standard input' else f'{name} is empty.'
+        raise UserError(empty)
+    if len(data) > MAX_STREAM:
+        raise UserError(f'{name} gives more than {MAX_STREAM >> 20} MiB, which is no picture; give a picture file.')
+    return io.BytesIO(data)
+
+
+@contextlib.contextmanager
+def _user_errors(name: str) -> Iterator[None]:
+    """What the libraries say of a bad file (they raise anything), as one UserError."""
     try:
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
-        raise DataError(f'{where} claims to hold more than {limit} million pixels and is refused.') from None
+        yield
+    except UserError:
+        raise
     except FileNotFoundError:
-        raise DataError(f'{where} does not exist.') from None
-    except Exception as error:  # Pillow's readers raise anything on a broken file
-        raise DataError(f'{where} is not a readable image ({_reason(error)}).') from error
+        raise UserError(f'{name} does not exist.') from None
+    except (IsADirectoryError, NotADirectoryError):
+        raise UserError(f'{name} is a folder, not a picture.') from None
+    except PermissionError:
+        raise UserError(f'{name} cannot be read: permission denied.') from None
+    except MemoryError:
+        raise UserError(f'{name} does not fit into the memory that is free; close other programs.') from None
+    except Exception as error:
+        reason = (getattr(error, 'strerror', None) or str(error)).split('\n')[0].rstrip('.') or type(error).__name__
+        raise UserError(f'{name} is damaged or incomplete: {reason}.') from error
 
 
-def _reason(error: Exception) -> str:
-    text = (getattr(error, 'strerror', None) or str(error)).split('\n')[0].rstrip('.')
-    return 'unknown format' if 'cannot identify' in text else text or type(error).__name__
+_lock = threading.RLock()
+_SETTINGS = (
+    (Image, 'MAX_IMAGE_PIXELS', None),  # sizes are judged by check_size
+    (ImageFile, 'LOAD_TRUNCATED_IMAGES', False),
+    (TiffImagePlugin, 'READ_LIBTIFF', False),
+    (GifImagePlugin, 'LOADING_STRATEGY', GifImagePlugin.LoadingStrategy.RGB_AFTER_FIRST),
+)
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of an image file as :func:`decode_rgb` gives it, from the header alone.
-
-    Raises:
-        DataError: the file does not exist, is no image, or is larger than Pillow's limit.
-    """
-    with _open_rgb(path, path) as image:
-        width, height = image.size
-        if image.format in _FORMATS_WITH_EXIF and image.getexif().get(ORIENTATION, 1) >= 5:
-            width, height = height, width
-        return height, width
-
-
-def describe_conversion(path: str | Path) -> str | None:
-    """What :func:`decode_rgb` has to change to make 8-bit RGB of this file, in words; None when nothing."""
-    with _open_rgb(path, path) as image:
-        if image.mode == 'RGB':
-            return None
-        kind = {
-            'L': 'gray',
-            'P': 'palette',
-            'RGBA': 'RGBA (alpha dropped)',
-            'LA': 'gray with alpha (dropped)',
-            '1': 'black and white',
-        }.get(image.mode, '16-bit gray' if image.mode.startswith('I') else image.mode)
-        return f'{kind} -> 8-bit RGB'
-
-
-def decode_rgb(source: str | Path | bytes, where: str | Path | None = None) -> np.ndarray:
-    """Decode an image file, or the bytes of one, to a writable uint8 RGB array of shape (H, W, 3).
-
-    Gray is repeated over the channels, a palette is looked up, alpha is dropped, of 16-bit samples the high byte is
-    kept (as OpenCV does), and the orientation that a camera noted is applied.
-
-    Args:
-        source: a path, or the contents of an image file.
-        where: how to call the image in an error message; by default the path.
-
-    Raises:
-        DataError: missing, truncated, broken, of a kind that is no picture (floating point), or larger than Pillow's
-            limit (about 179 million pixels); the pixels of such an image are never allocated.
-    """
-    where = where or source
-    with _open_rgb(source, where) as image:
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """Pillow as it comes, whatever the program around us has set in it; its warnings are about metadata."""
+    with _lock, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        before = [(module, name, getattr(module, name)) for module, name, _ in _SETTINGS]
         try:
-            image.load()
-            if image.format in _FORMATS_WITH_EXIF:
-                image = ImageOps.exif_transpose(image)
-            if image.mode == 'F':
-                raise ValueError('floating-point samples')
-            if image.mode.startswith('I'):
-                samples = np.asarray(image).astype(np.int64)
-                if samples.size and (samples.min() < 0 or samples.max() > 65535):
-                    raise ValueError('32-bit samples')
-                return np.repeat((samples >> 8).astype(np.uint8)[..., None], 3, axis=2)
-            return np.array(image.convert('RGB'))
-        except Exception as error:  # Pillow's decoders raise anything on a broken file
-            raise DataError(f'{where} is not a readable image ({_reason(error)}).') from error
+            for module, name, value in _SETTINGS:
+                setattr(module, name, value)
+            yield
+        finally:
+            for module, name, value in before:
+                setattr(module, name, value)

@@ -6,13 +6,11 @@ only when it is complete.
 import contextlib
 import errno
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import tifffile
 from PIL import Image
 
 from ppsr.atomic import atomic_path
@@ -20,6 +18,7 @@ from ppsr.errors import UserError
 from ppsr.images.arrays import MODES, to_8_bits
 from ppsr.images.formats import MAX_SIDE, format_of
 from ppsr.images.png import write_png_bands
+from ppsr.images.tiff import write_tiff_bands
 
 __all__ = ['atomic_file', 'check_format', 'write_file', 'write_picture', 'write_png']
 
@@ -91,7 +90,7 @@ def write_picture(
     if form == 'PNG':
         write_png_bands(file, shape, dtype, bands, icc, dpi)
     elif form == 'TIFF':
-        _write_tiff(file, shape, dtype, bands, icc, dpi)
+        write_tiff_bands(file, shape, dtype, bands, icc, dpi)
     else:
         _write_pillow(file, form, shape, dtype, bands, icc, dpi, quality)
 
@@ -126,55 +125,6 @@ def _write_pillow(file, form, shape, dtype, bands, icc, dpi, quality) -> None:
     if form == 'JPEG' and quality >= 90:
         options['subsampling'] = 0  # 4:4:4: who asks for this quality does not want half the colour resolution
     image.save(file, form, quality=quality, **options)
-
-
-def _write_tiff(file, shape, dtype, bands, icc, dpi) -> None:
-    height, width, channels = shape
-    strips = (_tiff_strip(strip, dtype.newbyteorder('<')) for strip in _regroup(bands, BAND_ROWS))
-    extra = {2: ['UNASSALPHA'], 4: ['UNASSALPHA']}.get(channels)
-    with tifffile.TiffWriter(
-        file, byteorder='<', bigtiff=height * width * channels * dtype.itemsize > 2**32 - 2**25
-    ) as tiff:
-        tiff.write(
-            strips,
-            shape=shape if channels > 1 else shape[:2],
-            dtype=dtype,
-            photometric='RGB' if channels >= 3 else 'MINISBLACK',
-            planarconfig='CONTIG' if channels > 1 else None,
-            extrasamples=extra,
-            rowsperstrip=BAND_ROWS,
-            compression='zlib',
-            predictor=True,
-            iccprofile=icc,
-            resolution=dpi or (1, 1),
-            resolutionunit='INCH' if dpi else 'NONE',
-            metadata=None,
-            software=False,
-        )
-
-
-def _tiff_strip(rows: np.ndarray, dtype: np.dtype) -> bytes:
-    """A strip as TIFF wants it: differences to the pixel on the left (predictor 2), deflated."""
-    rows = rows.astype(dtype)
-    rows[:, 1:] -= rows[:, :-1].copy()
-    return zlib.compress(rows.tobytes())
-
-
-def _regroup(bands: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
-    """The same rows in bands of exactly `rows` (the last may have fewer)."""
-    waiting: list[np.ndarray] = []
-    count = 0
-    for band in bands:
-        while len(band):
-            part = band[: rows - count].copy()  # the producer may reuse its buffer
-            band = band[len(part) :]
-            waiting.append(part)
-            count += len(part)
-            if count == rows:
-                yield np.concatenate(waiting)
-                waiting, count = [], 0
-    if waiting:
-        yield np.concatenate(waiting)
 
 
 def write_png(path: str | Path, img: np.ndarray) -> None:

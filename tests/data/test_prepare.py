@@ -167,7 +167,11 @@ def test_unreadable_images_get_a_line_each_and_the_rest_is_made(hr, tmp_path, ca
     captured = capsys.readouterr()
     lines = captured.err.strip().splitlines()
     assert len(lines) == 3 and 'Traceback' not in captured.err
-    for name, word in (('cut.png', 'truncated'), ('text.jpg', 'not a readable image'), ('tiny.png', 'too small')):
+    for name, word in (
+        ('cut.png', 'truncated'),
+        ('text.jpg', 'not a picture that can be read'),
+        ('tiny.png', 'too small'),
+    ):
         assert sum(name in line and word in line for line in lines) == 1
     assert '3 images made, 0 already there, 3 unreadable' in captured.out
     for folder in ('HR', 'LRbicx2', 'LRbicx4'):
