@@ -11,7 +11,7 @@ from ppsr.images.decode import (
     read_size,
     to_pil,
 )
-from ppsr.images.encode import atomic_file, check_format, write_file, write_picture, write_png
+from ppsr.images.encode import atomic_file, check_format, losses, write_file, write_picture, write_png
 from ppsr.images.formats import FORMATS, IMAGE_SUFFIXES, format_of, is_special, list_images
 from ppsr.images.picture import MAX_PIXELS, Header, Picture
 
@@ -33,6 +33,7 @@ __all__ = [
     'image_size',
     'is_special',
     'list_images',
+    'losses',
     'read_header',
     'read_picture',
     'read_size',

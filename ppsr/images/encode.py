@@ -5,22 +5,24 @@ only when it is complete.
 
 import contextlib
 import errno
+import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 from ppsr.atomic import atomic_path
 from ppsr.errors import UserError
 from ppsr.images.arrays import MODES, to_8_bits
 from ppsr.images.formats import MAX_SIDE, format_of
+from ppsr.images.picture import Picture
 from ppsr.images.png import write_png_bands
 from ppsr.images.tiff import write_tiff_bands
 
-__all__ = ['atomic_file', 'check_format', 'write_file', 'write_picture', 'write_png']
+__all__ = ['atomic_file', 'check_format', 'losses', 'write_file', 'write_picture', 'write_png']
 
 BAND_ROWS = 64  # rows that a writer handles at once
 
@@ -60,6 +62,23 @@ def check_format(form: str, width: int, height: int, channels: int, name: str) -
         raise UserError(f'{name}: JPEG has no transparency and this picture does; use --ext png, webp or tiff.')
 
 
+def losses(picture: Picture, form: str) -> tuple[str, ...]:
+    """What of a picture a format cannot keep, in words; the samples of lossy formats aside."""
+    lost = []
+    if form in ('JPEG', 'WEBP') and picture.pixels.dtype == np.uint16:
+        lost.append(f'{form} has 8 bits, the 16 of the picture are rounded')
+    if form != 'PNG' and picture.colour:
+        names = ', '.join(kind.decode() for kind, _ in picture.colour)
+        lost.append(f'{form} cannot keep how {names} describe its colours; write PNG to keep that')
+    if form == 'WEBP' and _is_gray(picture.icc):
+        lost.append('WEBP has no gray, so the gray colour profile is applied (to sRGB) and not kept')
+    return tuple(lost)
+
+
+def _is_gray(icc: bytes | None) -> bool:
+    return icc is not None and icc[16:20] == b'GRAY'
+
+
 def write_picture(
     file: BinaryIO,
     form: str,
@@ -69,6 +88,7 @@ def write_picture(
     icc: bytes | None = None,
     dpi: tuple[float, float] | None = None,
     quality: int = 95,
+    colour: Iterable[tuple[bytes, bytes]] = (),
 ) -> None:
     """Write a picture whose rows come in bands.
 
@@ -78,7 +98,7 @@ def write_picture(
         shape: (H, W, C) of the whole picture.
         dtype: uint8 or uint16.
         bands: (rows, W, C) arrays from the top down, H rows in all; each is used before the next is asked for.
-        icc, dpi: as in :class:`Picture`.
+        icc, dpi, colour: as in :class:`Picture`; what a format cannot keep of them, :func:`losses` says.
         quality: 1 to 100, of JPEG and WebP.
 
     Raises:
@@ -88,7 +108,7 @@ def write_picture(
     check_format(form, width, height, channels, 'The picture')
     dtype, bands = np.dtype(dtype), _thin(bands)
     if form == 'PNG':
-        write_png_bands(file, shape, dtype, bands, icc, dpi)
+        write_png_bands(file, shape, dtype, bands, icc, dpi, colour)
     elif form == 'TIFF':
         write_tiff_bands(file, shape, dtype, bands, icc, dpi)
     else:
@@ -119,12 +139,26 @@ def _write_pillow(file, form, shape, dtype, bands, icc, dpi, quality) -> None:
         part = Image.fromarray(band[..., 0] if channels == 1 else np.ascontiguousarray(band))
         image.paste(part.convert(image.mode), (0, row))
         row += len(band)
+    if form == 'WEBP' and _is_gray(icc):
+        image, icc = _gray_to_srgb(image, icc), None
     options = {'icc_profile': icc} if icc else {}
     if dpi and form == 'JPEG':
         options['dpi'] = dpi
     if form == 'JPEG' and quality >= 90:
         options['subsampling'] = 0  # 4:4:4: who asks for this quality does not want half the colour resolution
     image.save(file, form, quality=quality, **options)
+
+
+def _gray_to_srgb(image: Image.Image, icc: bytes) -> Image.Image:
+    """L, or RGBA of gray pixels, with a gray profile -> RGB or RGBA in sRGB; as it is if the profile is broken."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        rgb = ImageCms.profileToProfile(image.getchannel(0), profile, ImageCms.createProfile('sRGB'), outputMode='RGB')
+    except (ImageCms.PyCMSError, OSError):
+        return image
+    if image.mode == 'RGBA':
+        rgb.putalpha(image.getchannel('A'))
+    return rgb
 
 
 def write_png(path: str | Path, img: np.ndarray) -> None:

@@ -34,6 +34,7 @@ from ppsr.images import (
     check_format,
     format_of,
     from_pil,
+    losses,
     read_picture,
     read_size,
     to_pil,
@@ -303,10 +304,14 @@ class Upscaler:
         if named and Path(target).exists() and os.path.samefile(source, target):
             raise UserError(f'{target} is the input itself; choose another name.')
 
+        for loss in losses(picture, form):
+            self.say(f'{"standard output" if stream else target}: {loss}.')
+
         def write(bands: Iterable[np.ndarray]) -> None:
             # a stream cannot be taken back, so it is only written to when the picture is complete
             with tempfile.TemporaryFile() if stream else atomic_file(target) as file:
-                write_picture(file, form, shape, picture.pixels.dtype, bands, picture.icc, picture.dpi, quality)
+                about = picture.icc, picture.dpi, quality, picture.colour
+                write_picture(file, form, shape, picture.pixels.dtype, bands, *about)
                 if stream:
                     file.seek(0)
                     shutil.copyfileobj(file, target)
