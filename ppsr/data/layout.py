@@ -91,11 +91,20 @@ def find_sources(folders: list[Path], scales: list[int], name: str | None = None
 
     Raises:
         DataError: a folder is missing or holds no images, two images have one name, or the images were cropped for a
-            scale other than those asked for.
+            scale other than those asked for; or two folders have one name.
     """
     found: dict[str, dict[str, Source]] = {}
+    seen: dict[str, Path] = {}
     for folder in folders:
         for own_name, image_folder in _resolve(Path(folder), scales):
+            other = seen.setdefault(name or own_name, image_folder)
+            if os.path.realpath(other) == os.path.realpath(image_folder) and own_name in found:
+                continue
+            if name is None and os.path.realpath(other) != os.path.realpath(image_folder):
+                raise DataError(
+                    f'{other} and {image_folder} would both become the data set {own_name!r}; give --name for one data '
+                    'set of both, or run them apart, each with a --name of its own.'
+                )
             images = found.setdefault(name or own_name, {})
             for source in _images(image_folder, scales):
                 other = images.setdefault(source.stem, source)

@@ -6,6 +6,7 @@ The format is basicsr's: a folder ``*.lmdb`` with the LMDB itself and ``meta_inf
 
 import os
 import re
+import secrets
 import shutil
 import threading
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from pathlib import Path
 import lmdb
 from basicsr.utils.lmdb_util import LmdbMaker
 
+from ppsr.atomic import PREFIX
 from ppsr.errors import DataError, UserError
 from ppsr.images import image_size
 
@@ -105,13 +107,12 @@ def build_lmdb(folder: Path, names: list[str], target: Path, progress: Iterable[
         UserError: a name is not ASCII, or the disk is full or may not be written.
     """
     for name in names:
-        if not name.isascii():
+        if not (name.isascii() and name.isprintable()):
             raise UserError(f'{folder / name} cannot be a key of an LMDB: basicsr allows ASCII names only; rename it.')
-    temporary = target.with_name(f'.{target.stem}.part.lmdb')
+    temporary = target.with_name(f'{PREFIX}{secrets.token_hex(8)}.part.lmdb')
     page = 4096
     size = sum(-(-(folder / name).stat().st_size // page) * page + 2 * page for name in names)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         # Twice what the pages need: lmdb reserves address space, the file grows only as it is filled. Small batches,
         # because a batch is kept in memory until it is committed.
         maker = LmdbMaker(str(temporary), map_size=2 * size + 2**26, batch=100, compress_level=3)
@@ -125,5 +126,6 @@ def build_lmdb(folder: Path, names: list[str], target: Path, progress: Iterable[
             shutil.rmtree(target)
         os.replace(temporary, target)
     except (OSError, lmdb.Error) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f'{target} could not be written: {getattr(error, "strerror", None) or error}.') from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,15 +1,21 @@
 """From folders of HR images to what the option files name: exact LR, sub-images, meta-info files and LMDBs.
 
 The layout is that of :mod:`ppsr.data.layout`. Every file appears under its name when it is whole, so an interrupted run
-is resumed by starting it again: what is there, and has the right size, is skipped.
+is resumed by starting it again: what is there and is what would be made is skipped. What is there and is something else
+is only replaced on demand, together with everything that was made of it; one process at a time writes a data set.
 """
 
 import contextlib
+import ctypes
 import json
-import multiprocessing
 import os
+import secrets
 import shutil
+import signal
+import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,16 +23,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ppsr.atomic import atomic_path
+from ppsr.atomic import PREFIX, atomic_path
 from ppsr.data.bicubic import imresize_bicubic, modcrop
 from ppsr.data.layout import DataSetFolders, Source
-from ppsr.data.lmdb_store import build_lmdb, read_meta_info
+from ppsr.data.lmdb_store import build_lmdb, read_lmdb, read_meta_info
 from ppsr.errors import DataError, UserError
 from ppsr.images import decode_rgb, describe_conversion, image_size, list_images, write_png
+from ppsr.locks import Lock
 
-__all__ = ['Grid', 'Summary', 'in_parallel', 'prepare_dataset', 'sub_image_boxes']
+__all__ = ['Grid', 'Summary', 'in_parallel', 'prepare_dataset', 'read_grid', 'sub_image_boxes', 'sub_names']
 
-_GRID_FILE = '.grid.json'
+GRID_FILE = '.grid.json'
+LOCK = '.lock'
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Summary:
 
     made: int = 0
     skipped: int = 0
+    replaced: int = 0  # HR images that were there and were others
     converted: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     written: list[Path] = field(default_factory=list)
@@ -52,6 +61,7 @@ class Summary:
 @dataclass(frozen=True)
 class _Result:
     made: bool = False
+    replaced: bool = False
     note: str | None = None
     error: str | None = None
 
@@ -84,11 +94,36 @@ def prepare_dataset(
     in_place = _check_in_place(folders, sources)
     if grid is not None:
         _check_grid(grid, scales)
+    new = not folders.root.exists()
+    try:
+        with Lock(folders.root / LOCK, f'The data set {folders.root}'):
+            return _prepare_locked(folders, sources, scales, grid, lmdb, meta_info, jobs, overwrite, in_place)
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # of a run that was refused, only an empty folder would stay
+                folders.root.rmdir()
+
+
+def _prepare_locked(folders, sources, scales, grid, lmdb, meta_info, jobs, overwrite, in_place) -> Summary:
+    _remove_leftovers(folders.root)
+    if grid is not None:
+        for scale in scales:
+            _other_grid(folders, scale, grid, overwrite, sources)
+    if not overwrite:
+        inspect = partial(_differing, folders, scales, grid, in_place)
+        found = sorted(
+            path for paths in in_parallel(inspect, sources, jobs, f'{folders.root.name}: check') for path in paths
+        )
+        if found:
+            raise UserError(
+                f'{_some(found)} would be replaced: what is there is not what these images give; give --overwrite to '
+                'replace it, or another --name.'
+            )
     targets = [folders.hr, *map(folders.lr, scales)]
     try:
         if grid is not None:
             for scale in scales:
-                _open_sub_folders(folders, scale, grid, overwrite)
+                _open_sub_folders(folders, scale, grid, overwrite, sources)
         for target in targets:
             target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -101,6 +136,7 @@ def prepare_dataset(
             summary.unreadable.append(result.error)
             continue
         summary.made += result.made
+        summary.replaced += result.replaced
         summary.skipped += not result.made
         if result.note:
             summary.converted.append(result.note)
@@ -108,14 +144,22 @@ def prepare_dataset(
     summary.converted.sort()
     summary.written += targets
 
-    for gt_folder, lq_folders, meta_path in _stores(folders, scales, grid):
+    asked = list(_stores(folders, scales, grid))
+    if grid is not None:
+        summary.written += [folder for gt_folder, lq_folders, _ in asked for folder in (gt_folder, *lq_folders)]
+    others = [store for store in _stores_there(folders) if store not in asked] if summary.replaced else []
+    for store in (*asked, *others):
+        gt_folder, lq_folders, meta_path = store
+        own = store in asked
         names = _names_in_all([gt_folder, *lq_folders])
-        if grid is not None:
-            summary.written += [gt_folder, *lq_folders]
-        if meta_info and names:
-            summary.written.append(_write_meta_info(gt_folder, names, meta_path))
-        if lmdb and names:
-            summary.written += [_make_lmdb(folder, names, overwrite) for folder in (gt_folder, *lq_folders)]
+        # what was made of images that have been replaced is made again, whether it was asked for or not
+        if names and ((meta_info and own) or (summary.replaced and meta_path.exists())):
+            fit = [name for name in names if _fits_a_line(gt_folder / name, summary)]
+            summary.written.append(_write_meta_info(gt_folder, fit, meta_path, overwrite))
+        if names and ((lmdb and own) or (summary.replaced and _lmdb_of(gt_folder).exists())):
+            fit = [name for name in names if _fits_a_key(gt_folder / name, summary)]
+            summary.written += [_make_lmdb(folder, fit, overwrite) for folder in (gt_folder, *lq_folders)]
+    summary.unreadable = sorted(set(summary.unreadable))
     return summary
 
 
@@ -148,12 +192,17 @@ def _prepare_image(
         height, width = image_size(source.path)
         if min(height, width) < max(scales):
             raise DataError(f'{source.path} ({height}x{width}) is too small for scale {max(scales)}.')
-        want_hr = not in_place and (overwrite or not _has_size(folders.hr / name, height, width))
+        target = folders.hr / name
+        want_hr = not in_place and (overwrite or not target.exists())
+        # everything that was made of it is out of date, too, asked for or not
+        replaced = want_hr and target.exists() and not _same_image(source.path, target)
+        if replaced:
+            scales = sorted({*scales, *(scale for scale in folders.scales() if (folders.lr(scale) / name).exists())})
         wanted = [
             scale
             for scale in scales
             if overwrite
-            or not _has_size(folders.lr(scale) / name, height // scale, width // scale)
+            or not (folders.lr(scale) / name).exists()
             or not _has_sub_images(folders, source.stem, height // scale, width // scale, scale, grid)
         ]
         if not want_hr and not wanted:
@@ -162,51 +211,135 @@ def _prepare_image(
         conversion = describe_conversion(source.path)
     except DataError as error:
         return _Result(error=str(error))
+    if replaced:  # first of all: an interrupted run must not leave them beside the new image
+        for scale in scales:
+            (folders.lr(scale) / name).unlink(missing_ok=True)
+            _remove_sub_images(folders, scale, source.stem, 0)
     if want_hr:
-        _place_hr(source.path, folders.hr / name, hr, as_it_is=conversion is None)
+        _place_hr(source.path, target, hr, as_it_is=conversion is None)
     for scale in wanted:
         gt = modcrop(hr, scale)
         lq = imresize_bicubic(gt, scale)
         write_png(folders.lr(scale) / name, lq)
-        if grid is not None:
-            boxes = sub_image_boxes(*lq.shape[:2], scale, grid)
-            for sub_name, (top, left, h, w) in zip(_sub_names(source.stem, len(boxes)), boxes):
+        own_grid = read_grid(folders.hr_sub(scale) / GRID_FILE) if replaced and grid is None else grid
+        if own_grid is not None:
+            boxes = sub_image_boxes(*lq.shape[:2], scale, own_grid)
+            _remove_sub_images(folders, scale, source.stem, len(boxes))
+            for sub_name, (top, left, h, w) in zip(sub_names(source.stem, len(boxes)), boxes):
                 write_png(folders.lr_sub(scale) / sub_name, lq[top : top + h, left : left + w])
                 top, left, h, w = (scale * value for value in (top, left, h, w))
                 write_png(folders.hr_sub(scale) / sub_name, gt[top : top + h, left : left + w])
-    return _Result(made=True, note=f'{source.path}: {conversion}' if conversion else None)
+    return _Result(made=True, replaced=replaced, note=f'{source.path}: {conversion}' if conversion else None)
 
 
 def _place_hr(source: Path, target: Path, hr: np.ndarray, as_it_is: bool) -> None:
     """Put an HR image into the data set: a hard link to an 8-bit RGB PNG where that is possible, else a new file."""
     if as_it_is and source.suffix.lower() == '.png':
-        link = target.with_name(f'.{target.name}.link')
-        with contextlib.suppress(OSError):  # another disk, or a file system or a file that allows no links
-            link.unlink(missing_ok=True)
+        link = target.with_name(f'{PREFIX}{secrets.token_hex(8)}.part.png')
+        try:
             os.link(source.resolve(), link)
             os.replace(link, target)
-            link.unlink(missing_ok=True)  # still there if both were links to one file already
             return
+        except OSError:  # another disk, or a file system or a file that allows no links
+            pass
+        finally:
+            link.unlink(missing_ok=True)  # still there if both were links to one file already
     write_png(target, hr)
 
 
-def _has_size(path: Path, height: int, width: int) -> bool:
-    if not path.exists():
-        return False
+def _differing(
+    folders: DataSetFolders, scales: list[int], grid: Grid | None, in_place: bool, source: Source
+) -> list[str]:
+    """The files of the data set that are there and are not what this HR image gives.
+
+    Pixels are compared only where the image is younger than what was made of it.
+    """
+    name, found = f'{source.stem}.png', []
     try:
-        return image_size(path) == (height, width)
+        height, width = image_size(source.path)
+        target = folders.hr / name
+        if not in_place and target.exists() and not _same_image(source.path, target):
+            return [str(target)]
+        for scale in scales:
+            lr = folders.lr(scale) / name
+            if lr.exists() and not _is_lr_of(lr, source.path, scale):
+                found.append(str(lr))
+            if grid is not None:
+                first = len(sub_image_boxes(height // scale, width // scale, scale, grid)) + 1
+                surplus = (folder / _sub_name(source.stem, first) for folder in _sub_folders(folders, scale))
+                found += [str(path) for path in surplus if path.exists()]
+    except (DataError, ZeroDivisionError):  # told when its turn comes
+        return []
+    return found
+
+
+def _younger(source: Path, made: Path) -> bool:
+    found = source.stat()
+    return max(found.st_mtime, found.st_ctime) > made.stat().st_mtime
+
+
+def _same_image(source: Path, target: Path) -> bool:
+    if os.path.samefile(source, target):
+        return True
+    try:
+        if image_size(source) != image_size(target):
+            return False
+        return not _younger(source, target) or np.array_equal(decode_rgb(source), decode_rgb(target))
     except DataError:
         return False
 
 
-def _sub_names(stem: str, count: int) -> list[str]:
-    return [f'{stem}_s{number:03d}.png' for number in range(1, count + 1)]
+def _is_lr_of(lr: Path, source: Path, scale: int) -> bool:
+    try:
+        height, width = image_size(source)
+        if image_size(lr) != (height // scale, width // scale):
+            return False
+        return not _younger(source, lr) or np.array_equal(
+            imresize_bicubic(modcrop(decode_rgb(source), scale), scale), decode_rgb(lr)
+        )
+    except DataError:
+        return False
+
+
+def _some(paths: list) -> str:
+    return ', '.join(map(str, paths[:3])) + (f' and {len(paths) - 3} more' if len(paths) > 3 else '')
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Temporary files of runs that were killed; nobody else writes here while the lock is held."""
+    for path in (*root.glob(f'{PREFIX}*'), *root.glob(f'*/{PREFIX}*')):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sub_names(stem: str, count: int) -> list[str]:
+    """File names of the sub-images of an image."""
+    return [_sub_name(stem, number) for number in range(1, count + 1)]
+
+
+def _sub_name(stem: str, number: int) -> str:
+    return f'{stem}_s{number:03d}.png'
+
+
+def _sub_folders(folders: DataSetFolders, scale: int) -> tuple[Path, Path]:
+    return folders.hr_sub(scale), folders.lr_sub(scale)
+
+
+def _remove_sub_images(folders: DataSetFolders, scale: int, stem: str, keep: int) -> None:
+    """Remove the sub-images of an image behind the first `keep`."""
+    for folder in _sub_folders(folders, scale):
+        number = keep + 1
+        while (folder / _sub_name(stem, number)).exists():
+            (folder / _sub_name(stem, number)).unlink()
+            number += 1
 
 
 def _has_sub_images(folders: DataSetFolders, stem: str, height: int, width: int, scale: int, grid: Grid | None) -> bool:
     if grid is None:
         return True
-    names = _sub_names(stem, len(sub_image_boxes(height, width, scale, grid)))
+    names = sub_names(stem, len(sub_image_boxes(height, width, scale, grid)))
     return all((folder / name).exists() for folder in (folders.hr_sub(scale), folders.lr_sub(scale)) for name in names)
 
 
@@ -234,27 +367,46 @@ def _check_grid(grid: Grid, scales: list[int]) -> None:
         raise UserError(f'--thresh-size must not be negative, but is {grid.thresh_size}.')
 
 
-def _open_sub_folders(folders: DataSetFolders, scale: int, grid: Grid, overwrite: bool) -> None:
-    """Make the two sub-image folders; a note in the first one says with which grid, so that two grids never mix."""
-    note = folders.hr_sub(scale) / _GRID_FILE
-    found = _read_grid(note)
-    if overwrite and found is not None:
-        shutil.rmtree(folders.hr_sub(scale))
-        shutil.rmtree(folders.lr_sub(scale), ignore_errors=True)
-    elif found is None and folders.hr_sub(scale).is_dir() and list_images(folders.hr_sub(scale)):
-        raise UserError(f'{folders.hr_sub(scale)} holds images that were not made here: move that folder away.')
-    elif found is not None and found != grid:
+def _other_grid(folders: DataSetFolders, scale: int, grid: Grid, overwrite: bool, sources: list[Source]) -> bool:
+    """Whether sub-images of another grid are there, to be replaced.
+
+    Raises:
+        UserError: they are and may not be, or images are there that are no sub-images of ours.
+    """
+    folder = folders.hr_sub(scale)
+    found = read_grid(folder / GRID_FILE)
+    if found is None and folder.is_dir() and list_images(folder):
+        raise UserError(f'{folder} holds images that were not made here: move that folder away.')
+    if found in (None, grid):
+        return False
+    if not overwrite:
         raise UserError(
-            f'{folders.hr_sub(scale)} holds sub-images of another grid (--crop-size {found.crop_size} --step '
-            f'{found.step} --thresh-size {found.thresh_size}): give the same values, or --overwrite.'
+            f'{folder} holds sub-images of another grid (--crop-size {found.crop_size} --step {found.step} '
+            f'--thresh-size {found.thresh_size}): give the same values, or --overwrite.'
         )
-    for folder in (folders.hr_sub(scale), folders.lr_sub(scale)):
+    stems = {source.stem for source in sources}
+    lost = [name for name in list_images(folder) if name.rsplit('_s', 1)[0] not in stems]
+    if lost:
+        raise UserError(
+            f'{folder} holds sub-images of another grid of images that are not in --hr ({_some(lost)}): name their '
+            'folder, too, or give the same grid.'
+        )
+    return True
+
+
+def _open_sub_folders(folders: DataSetFolders, scale: int, grid: Grid, overwrite: bool, sources: list[Source]) -> None:
+    """Make the two sub-image folders; a note in the first one says with which grid, so that two grids never mix."""
+    if _other_grid(folders, scale, grid, overwrite, sources):
+        for folder in _sub_folders(folders, scale):
+            shutil.rmtree(folder, ignore_errors=True)
+    for folder in _sub_folders(folders, scale):
         folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(note) as temporary:
+    with atomic_path(folders.hr_sub(scale) / GRID_FILE) as temporary:
         temporary.write_text(json.dumps(vars(grid)))
 
 
-def _read_grid(note: Path) -> Grid | None:
+def read_grid(note: Path) -> Grid | None:
+    """The grid that a folder of sub-images was cut with, from its note; None without one."""
     try:
         return Grid(**json.loads(note.read_text()))
     except FileNotFoundError:
@@ -272,36 +424,119 @@ def _stores(folders: DataSetFolders, scales: list[int], grid: Grid | None) -> It
             yield folders.hr_sub(scale), [folders.lr_sub(scale)], folders.meta_info_sub(scale)
 
 
+def _stores_there(folders: DataSetFolders) -> Iterator[tuple[Path, list[Path], Path]]:
+    """Those of :func:`_stores` that the data set has."""
+    scales = folders.scales()
+    yield from _stores(folders, scales, None)
+    yield from _stores(folders, [scale for scale in scales if folders.hr_sub(scale).is_dir()], Grid())
+
+
+def _fits_a_line(path: Path, summary: Summary) -> bool:
+    """Whether a meta-info file can name the image; if not, that is said."""
+    try:
+        path.name.encode()
+        fits = path.name.isprintable() and path.name == path.name.strip()
+    except UnicodeEncodeError:
+        fits = False
+    if not fits:
+        summary.unreadable.append(f'{path} has a name that no line of a meta-info file can hold: rename it.')
+    return fits
+
+
+def _fits_a_key(path: Path, summary: Summary) -> bool:
+    """Whether the name can be a key of an LMDB; if not, that is said."""
+    fits = path.name.isascii() and path.name.isprintable()
+    if not fits:
+        summary.unreadable.append(
+            f'{path} cannot be a key of an LMDB and is not in it: basicsr allows ASCII names only; rename it.'
+        )
+    return fits
+
+
 def _names_in_all(folders: list[Path]) -> list[str]:
     """The images that every one of the folders has: an unreadable image has no LR and drops out here."""
     return sorted(set.intersection(*(set(list_images(folder)) for folder in folders)))
 
 
-def _write_meta_info(folder: Path, names: list[str], path: Path) -> Path:
-    """basicsr's meta-info file: ``name.png (h,w,c)`` for each GT image."""
-    with atomic_path(path) as temporary, open(temporary, 'w', encoding='utf-8') as file:
-        for name in names:
-            height, width = image_size(folder / name)
-            file.write(f'{name} ({height},{width},3)\n')
+def _write_meta_info(folder: Path, names: list[str], path: Path, overwrite: bool) -> Path:
+    """basicsr's meta-info file: ``name.png (h,w,c)`` for each GT image. Lines are added to one that is there."""
+    lines = ['{} ({},{},3)'.format(name, *image_size(folder / name)) for name in names]
+    if path.exists() and not overwrite:
+        lost = set(path.read_text(encoding='utf-8', errors='replace').split('\n')) - {*lines, ''}
+        if lost:
+            raise UserError(
+                f'{path} would lose what it says of {_some(sorted(lost))}; give --overwrite to write it anew.'
+            )
+    with atomic_path(path) as temporary:
+        temporary.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
     return path
 
 
 def _make_lmdb(folder: Path, names: list[str], overwrite: bool) -> Path:
-    """Build ``<folder>.lmdb`` unless it is there and holds exactly these images."""
-    target = folder.with_name(f'{folder.name}.lmdb')
+    """Build ``<folder>.lmdb`` unless it holds exactly these images; without `overwrite`, images are only added."""
+    target = _lmdb_of(folder)
     if not overwrite and target.exists():
         with contextlib.suppress(DataError):  # a broken one is built again
-            if read_meta_info(target / 'meta_info.txt').keys() == {os.path.splitext(name)[0] for name in names}:
+            keys = read_meta_info(target / 'meta_info.txt').keys()
+            wanted = {os.path.splitext(name)[0]: folder / name for name in names}
+            lost = [key for key in keys if key not in wanted]
+            lost += [key for key in keys & wanted.keys() if not _holds(target, key, wanted[key])]
+            if lost:
+                raise UserError(
+                    f'{target} holds other images than {folder} ({_some(sorted(lost))}); give --overwrite to build it '
+                    'anew.'
+                )
+            if keys == wanted.keys():
                 return target
     build_lmdb(folder, names, target, tqdm(names, desc=target.name, unit='image', disable=None))
     return target
 
 
+def _lmdb_of(folder: Path) -> Path:
+    return folder.with_name(f'{folder.name}.lmdb')
+
+
+def _holds(target: Path, key: str, file: Path) -> bool:
+    """Whether an LMDB holds this file; looked at only if the file is the younger one."""
+    return not _younger(file, target / 'data.mdb') or read_lmdb(target, key) == file.read_bytes()
+
+
 def in_parallel(work, items: list, jobs: int, title: str) -> Iterable:
-    """Results of ``work(item)`` in any order, with a progress bar."""
+    """Results of ``work(item)`` in any order, with a progress bar.
+
+    Raises:
+        UserError: a worker was killed (mostly: out of memory).
+    """
     bar = partial(tqdm, total=len(items), desc=title, unit='image', disable=None)
     if jobs == 1 or len(items) < 2:
         yield from bar(map(work, items))
         return
-    with multiprocessing.Pool(min(jobs, len(items))) as pool:
-        yield from bar(pool.imap_unordered(work, items))
+    with ProcessPoolExecutor(min(jobs, len(items)), initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
+        try:
+            futures = [pool.submit(_in_worker, work, item) for item in items]
+            yield from (future.result() for future in bar(as_completed(futures)))
+        except BrokenProcessPool:
+            raise UserError(
+                'A worker process was killed, mostly because memory ran out; run again with fewer --jobs, it resumes.'
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)  # images under way are finished, no others are begun
+
+
+def _begin_worker(parent: int) -> None:
+    """Workers leave Ctrl-C and a closed terminal to their parent, and end when it asks or when it was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, 'SIGHUP'):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it was killed before that
+            os._exit(0)
+
+
+def _in_worker(work, item):
+    try:
+        return work(item)
+    except SystemExit as end:  # by now temporary files are removed; the executor would take it for a result
+        os._exit(end.code)

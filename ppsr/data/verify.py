@@ -9,10 +9,11 @@ import numpy as np
 
 from ppsr.data.bicubic import imresize_bicubic, modcrop
 from ppsr.data.layout import DataSetFolders
+from ppsr.data.lmdb_store import read_meta_info
 from ppsr.data.pairs import FolderPairs, LmdbPairs, check_pair_sizes
-from ppsr.data.prepare import in_parallel
-from ppsr.errors import DataError
-from ppsr.images import decode_rgb, list_images
+from ppsr.data.prepare import GRID_FILE, Grid, in_parallel, read_grid, sub_image_boxes, sub_names
+from ppsr.errors import DataError, UserError
+from ppsr.images import decode_rgb, image_size, list_images
 
 __all__ = ['CheckReport', 'verify_dataset']
 
@@ -48,11 +49,74 @@ def verify_dataset(folders: DataSetFolders, scales: list[int] | None = None, job
         _verify_pairs(folders.hr, folders.lr(scale), scale, True, jobs, report)
         if folders.hr_sub(scale).exists() or folders.lr_sub(scale).exists():
             _verify_pairs(folders.hr_sub(scale), folders.lr_sub(scale), scale, False, jobs, report)
+        if folders.hr_sub(scale).exists() or folders.lr_sub(scale).exists():
+            _verify_cuts(folders, scale, jobs, report)
         for gt, lq in ((folders.hr, folders.lr(scale)), (folders.hr_sub(scale), folders.lr_sub(scale))):
             gt, lq = (path.with_name(f'{path.name}.lmdb') for path in (gt, lq))
             if lq.exists():
                 _verify_pairs(gt, lq, scale, False, jobs, report)
+    _verify_meta_info(folders.hr, folders.meta_info, report)
+    for scale in wanted:
+        _verify_meta_info(folders.hr_sub(scale), folders.meta_info_sub(scale), report)
     return report
+
+
+def _verify_meta_info(folder: Path, path: Path, report: CheckReport) -> None:
+    """What a meta-info file says must be true; it may name a part of the images."""
+    if not path.exists():
+        return
+    try:
+        sizes, there = read_meta_info(path), set(list_images(folder))
+        for key, size in sizes.items():
+            name = f'{key}.png'
+            if name not in there:
+                report.problems.append(f'{path} names {name}, which {folder} lacks.')
+            elif image_size(folder / name) != size:
+                report.problems.append(f'{path} says another size of {name} than the image has.')
+    except DataError as error:
+        report.problems.append(str(error))
+
+
+def _verify_cuts(folders: DataSetFolders, scale: int, jobs: int, report: CheckReport) -> None:
+    """The sub-images are those of the images: none missing, none left over, the same pixels."""
+    try:
+        grid, names = read_grid(folders.hr_sub(scale) / GRID_FILE), list_images(folders.hr)
+        if grid is None:
+            return
+        work = partial(_verify_cuts_of, folders, scale, grid)
+        expected = set()
+        for cuts, problems in in_parallel(work, names, jobs, f'{folders.root.name}: sub-images x{scale}'):
+            expected.update(cuts)
+            report.problems += problems
+        for folder in (folders.hr_sub(scale), folders.lr_sub(scale)):
+            surplus = sorted(set(list_images(folder)) - expected)
+            report.problems += [f'{folder / name} is left over: no image of {folders.hr} has it.' for name in surplus]
+    except UserError as error:
+        report.problems.append(str(error))
+
+
+def _verify_cuts_of(folders: DataSetFolders, scale: int, grid: Grid, name: str) -> tuple[list[str], list[str]]:
+    """Names of the sub-images that an image has, and what is wrong with them."""
+    problems, cuts = [], []
+    try:
+        height, width = image_size(folders.hr / name)
+        boxes = sub_image_boxes(height // scale, width // scale, scale, grid)
+        cuts = sub_names(os.path.splitext(name)[0], len(boxes))
+        gt, lq = decode_rgb(folders.hr / name), decode_rgb(folders.lr(scale) / name)
+    except DataError:
+        return cuts, []  # said of the images themselves
+    for cut, box in zip(cuts, boxes):
+        for folder, image, factor in ((folders.hr_sub(scale), gt, scale), (folders.lr_sub(scale), lq, 1)):
+            top, left, h, w = (factor * value for value in box)
+            try:
+                found = decode_rgb(folder / cut)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            wanted = image[top : top + h, left : left + w]
+            if found.shape == wanted.shape and (found != wanted).any():  # another size is said of the pair
+                problems.append(f'{folder / cut} is not the part of {name} that it should be.')
+    return cuts, problems
 
 
 def _verify_pairs(gt: Path, lq: Path, scale: int, compare: bool, jobs: int, report: CheckReport) -> None:
@@ -102,6 +166,11 @@ def _verify_pair(pairs, scale: int, compare: bool, index: int) -> list[str]:
     for content, path in zip(contents, pairs.paths(index)):
         if content is None:
             continue  # it is missing, which has been said
+        store, name = os.path.split(path)
+        if store.endswith('.lmdb') and os.path.isdir(file := store.removesuffix('.lmdb')):
+            file = Path(file, name)
+            if not file.is_file() or file.read_bytes() != content:
+                problems.append(f'{path} in the LMDB is not the image {file}.')
         try:
             images.append(decode_rgb(content, path))
         except DataError as error:

@@ -18,10 +18,13 @@ from PIL import Image
 from ppsr.cli import main
 from ppsr.data import demo
 from ppsr.data.bicubic import imresize_bicubic, modcrop
-from ppsr.data.layout import find_sources
+from ppsr.data.layout import DataSetFolders, find_sources
+from ppsr.data.lmdb_store import read_meta_info
 from ppsr.data.paired_sr_dataset import PairedSRDataset
-from ppsr.data.prepare import Grid, sub_image_boxes
+from ppsr.data.prepare import Grid, in_parallel, sub_image_boxes
+from ppsr.errors import UserError
 from ppsr.images import list_images
+from ppsr.locks import Lock
 
 
 def save(path, height, width, mode='RGB', seed=0):
@@ -85,7 +88,7 @@ def test_resumes_and_overwrites(hr, tmp_path, capsys):
     (root / 'LRbicx4/one.png').unlink()
     (root / 'HR/three.png').unlink()
     (root / 'HR_x2_sub/two.two_s002.png').unlink()
-    save(root / 'LRbicx2/three.png', 5, 5)  # of another size: made again
+    (root / 'LRbicx2/three.png').unlink()
     capsys.readouterr()
     assert prepare(*words) == 0
     assert 'X: 3 images made, 0 already there' in capsys.readouterr().out
@@ -261,8 +264,10 @@ def test_non_ascii_names_cannot_be_lmdb_keys(hr, tmp_path, capsys):
     save(hr / 'größe.png', 12, 12)
     words = ['--hr', hr, '-o', tmp_path, '--name', 'X', '--scale', 2, '--jobs', 1]
     assert prepare(*words) == 0
-    assert prepare(*words, '--lmdb') == 2
-    assert 'größe.png' in capsys.readouterr().err
+    assert prepare(*words, '--lmdb', '--meta-info') == 1  # one file's trouble: said, and the others are stored
+    assert 'größe.png cannot be a key' in capsys.readouterr().err
+    assert sorted(read_meta_info(tmp_path / 'X/HR.lmdb/meta_info.txt')) == ['one', 'three', 'two.two']
+    assert 'größe.png (12,12,3)' in (tmp_path / 'X/meta_info.txt').read_text()
 
 
 def test_check_finds_what_is_wrong(hr, tmp_path, capsys):
@@ -284,12 +289,13 @@ def test_check_finds_what_is_wrong(hr, tmp_path, capsys):
     assert prepare(*check, '--name', 'X') == 1
     captured = capsys.readouterr()
     lines = captured.err.strip().splitlines()
-    assert '5 problems' in captured.out and len(lines) == 5
+    assert '8 problems' in captured.out and len(lines) == 8, captured.err
     for parts in (
         ('LRbicx2/one.png', 'truncated'),
         ('LRbicx3/three.png', 'not the exact bicubic'),
         ("'one.png'", 'no partner', 'LRbicx3'),
         ('LRbicx2_sub/one_s001.png', 'it is 9x9, not 12x12'),
+        ('LRbicx2_sub.lmdb/one_s001.png in the LMDB is not the image',),
         ('HR_x3_sub.lmdb', 'incomplete'),
     ):
         assert sum(all(part in line for part in parts) for line in lines) == 1, parts
@@ -342,3 +348,145 @@ def test_demo_says_which_photograph_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(demo.VAL, 'nobody.png', (0, 0, 8, 8))
     with pytest.raises(demo.UserError, match=r'lacks nobody\.png'):
         demo.make_demo_data(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------- what is there already
+
+
+WORDS = ['--name', 'X', '--scale', 2, '--jobs', 1]
+EVERYTHING = [*WORDS, '--sub-images', '--crop-size', 24, '--step', 24, '--lmdb', '--meta-info']
+
+
+def replace(path, height, width, seed):
+    """As editors do it: a new file under the old name, whatever links there are to the old one."""
+    save(path.with_name('new.png'), height, width, seed=seed)
+    os.replace(path.with_name('new.png'), path)
+
+
+@pytest.mark.parametrize('size', [(50, 45), (24, 24)], ids=['same size', 'smaller'])
+def test_a_replaced_source_is_named_and_replaced_on_demand(hr, tmp_path, capsys, size):
+    words = ['--hr', hr, '-o', tmp_path, *EVERYTHING]
+    assert prepare(*words) == 0 and prepare(*words) == 0
+    before = tree(tmp_path / 'X')
+    replace(hr / 'one.png', *size, seed=9)
+    capsys.readouterr()
+    assert prepare(*words) == 2
+    said = capsys.readouterr().err
+    assert 'X/HR/one.png would be replaced' in said and '--overwrite' in said
+    assert tree(tmp_path / 'X') == before
+
+    assert prepare(*words, '--overwrite') == 0
+    shutil.rmtree(tmp_path / 'fresh', ignore_errors=True)
+    assert prepare('--hr', hr, '-o', tmp_path / 'fresh', *EVERYTHING) == 0
+    assert tree(tmp_path / 'X') == tree(tmp_path / 'fresh/X')  # no surplus sub-image, no stale LMDB, no old line
+    for name in ('HR_x2_sub', 'LRbicx2_sub'):
+        folder, stored = tmp_path / 'X' / name, read_meta_info(tmp_path / 'X' / f'{name}.lmdb' / 'meta_info.txt')
+        assert sorted(f'{key}.png' for key in stored) == list_images(folder)
+    assert prepare('--check', '-o', tmp_path, '--name', 'X', '--jobs', 1) == 0
+
+
+def test_what_was_made_of_a_replaced_image_is_made_again_unasked(hr, tmp_path):
+    assert prepare('--hr', hr, '-o', tmp_path, *EVERYTHING) == 0
+    assert prepare('--hr', hr, '-o', tmp_path, '--name', 'X', '--scale', 2, 4, '--lmdb', '--jobs', 1) == 0
+    replace(hr / 'one.png', 40, 40, seed=9)
+    assert prepare('--hr', hr, '-o', tmp_path, *WORDS, '--overwrite') == 0  # only x2, neither LMDB nor sub-images
+    assert load(tmp_path / 'X/LRbicx4/one.png').shape == (10, 10, 3)
+    assert prepare('--check', '-o', tmp_path, '--name', 'X', '--jobs', 1) == 0
+
+
+def test_lr_images_never_become_hr_images(tmp_path, capsys):
+    save(tmp_path / 'images/a.png', 24, 24)
+    assert prepare('--hr', tmp_path / 'images', '-o', tmp_path / 'ds', '--scale', 2, '--jobs', 1) == 0
+    before = tree(tmp_path / 'ds')
+    lr = tmp_path / 'ds/images/LRbicx2'
+    assert prepare('--hr', lr, '-o', tmp_path / 'ds', '--name', 'images', '--scale', 2, '--jobs', 1) == 2
+    assert 'images/HR/a.png would be replaced' in capsys.readouterr().err and tree(tmp_path / 'ds') == before
+
+
+def test_an_edited_meta_file_is_not_written_over(hr, tmp_path, capsys):
+    words = ['--hr', hr, '-o', tmp_path, *WORDS, '--meta-info']
+    assert prepare(*words) == 0
+    meta = tmp_path / 'X/meta_info.txt'
+    meta.write_text('mine.png (1,1,3)\n' + meta.read_text())
+    assert prepare(*words) == 2 and 'mine.png' in capsys.readouterr().err and 'mine.png' in meta.read_text()
+    assert prepare(*words, '--overwrite') == 0 and 'mine.png' not in meta.read_text()
+
+
+def test_two_folders_of_one_name_are_refused_with_what_to_do(tmp_path, capsys):
+    for folder in 'ab':
+        save(tmp_path / folder / f'images/{folder}.png', 12, 12)
+    folders = [tmp_path / 'a/images', tmp_path / 'b/images']
+    words = ['-o', tmp_path / 'ds', '--scale', 2, '--jobs', 1]
+    assert prepare('--hr', *folders, *words) == 2
+    said = capsys.readouterr().err
+    assert "would both become the data set 'images'" in said and '--name' in said
+    assert not (tmp_path / 'ds').exists()
+    assert prepare('--hr', *folders, '--name', 'both', *words) == 0
+    assert list_images(tmp_path / 'ds/both/HR') == ['a.png', 'b.png']
+    assert prepare('--hr', folders[0], folders[0], *words) == 0  # the same folder twice is one
+
+
+def test_one_at_a_time(hr, tmp_path, capsys):
+    with Lock(tmp_path / 'X/.lock', 'The data set X'):
+        assert prepare('--hr', hr, '-o', tmp_path, *WORDS) == 2
+    assert f'in use by process {os.getpid()}' in capsys.readouterr().err
+    assert prepare('--hr', hr, '-o', tmp_path, *WORDS) == 0 and not (tmp_path / 'X/.lock').exists()
+
+
+def test_what_a_killed_run_left_is_cleared_away(hr, tmp_path):
+    assert prepare('--hr', hr, '-o', tmp_path, *WORDS, '--lmdb') == 0
+    (tmp_path / 'X/HR/.ppsr-0.part.png').write_text('half')
+    (tmp_path / 'X/.ppsr-0.part.lmdb').mkdir()
+    assert prepare('--hr', hr, '-o', tmp_path, *WORDS, '--lmdb') == 0
+    assert not list((tmp_path / 'X').rglob('.*'))
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+def test_signals_end_the_workers_quietly(tmp_path, number):
+    for index in range(24):
+        save(tmp_path / f'published/{index:02d}.png', 200, 200, seed=index)
+    words = ['--hr', tmp_path / 'published', '-o', tmp_path, '--name', 'X', '--jobs', '2']
+    code = 'import sys; from ppsr.cli import main; sys.exit(main(sys.argv[1:]))'
+    process = subprocess.Popen(
+        [sys.executable, '-c', code, 'prepare', *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    while process.poll() is None and not list((tmp_path / 'X').glob('LRbicx2/*.png')):
+        time.sleep(0.01)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1].decode()  # ends when the last worker has closed it
+    assert process.returncode in (128 + number, -number)
+    assert 'Traceback' not in error and 'BrokenPipe' not in error, error
+    if number != signal.SIGKILL:
+        assert not list((tmp_path / 'X').rglob('.*'))
+    assert prepare(*words) == 0 and not list((tmp_path / 'X').rglob('.*'))
+
+
+def kill_own_process(item):
+    if item == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def test_a_killed_worker_is_a_sentence_and_no_hang():
+    with pytest.raises(UserError, match='worker process was killed'):
+        list(in_parallel(kill_own_process, list(range(8)), 2, 'test'))
+
+
+def test_check_looks_at_sub_images_lmdbs_and_meta_files(hr, tmp_path, capsys):
+    assert prepare('--hr', hr, '-o', tmp_path, *EVERYTHING) == 0
+    root = DataSetFolders(tmp_path / 'X')
+    save(root.hr_sub(2) / 'one_s001.png', 24, 24, seed=77)  # of the right size, and not what it should be
+    for folder in (root.hr_sub(2), root.lr_sub(2)):
+        shutil.copy(folder / 'one_s002.png', folder / 'one_s099.png')
+    root.meta_info_sub(2).write_text('gone.png (24,24,3)\none_s002.png (23,24,3)\n')
+    capsys.readouterr()
+    assert prepare('--check', '-o', tmp_path, '--name', 'X', '--jobs', 1) == 1
+    said = capsys.readouterr().err
+    for part in (
+        'HR_x2_sub/one_s001.png is not the part of one.png',
+        'HR_x2_sub/one_s099.png is left over',
+        'HR_x2_sub.lmdb/one_s001.png in the LMDB is not the image',
+        'meta_info_x2_sub.txt names gone.png',
+        'another size of one_s002.png',
+    ):
+        assert part in said, part
