@@ -103,16 +103,16 @@ def blend_weights(size: int, tile: int, overlap: int, scale: int) -> list[Tensor
     starts, length = tile_starts(size, tile, overlap), min(tile, size) * scale
     margin = overlap // 4 * scale
     fade = overlap * scale - 2 * margin
-    ramp = (torch.arange(length, dtype=torch.float64) - margin + 1).clamp(0, fade + 1) / (fade + 1)
+    ramp = (torch.arange(length, dtype=torch.float64, device='cpu') - margin + 1).clamp(0, fade + 1) / (fade + 1)
     weights = []
     for start in starts:
-        weight = torch.ones(length, dtype=torch.float64)
+        weight = torch.ones(length, dtype=torch.float64, device='cpu')
         if start > 0:
             weight = weight * ramp
         if start < starts[-1]:
             weight = weight * ramp.flip(0)
         weights.append(weight)
-    total = torch.zeros(size * scale, dtype=torch.float64)
+    total = torch.zeros(size * scale, dtype=torch.float64, device='cpu')
     for start, weight in zip(starts, weights):
         total[start * scale :][:length] += weight
     return [(w / total[start * scale :][:length]).float() for start, w in zip(starts, weights)]
@@ -191,7 +191,7 @@ def tiled_bands(
             rows, columns = slice(top, top + tile_h), slice(left, left + tile_w)
             sr, mask = run(net, read(rows, columns), totals)
             if window is None:
-                window = torch.zeros(*sr.shape[:2], tile_h * scale, width * scale)
+                window = torch.zeros(*sr.shape[:2], tile_h * scale, width * scale, dtype=torch.float32, device='cpu')
             sr = sr.detach().to('cpu', torch.float32)
             # in the margin the weight is 0 and the tile is not looked at: 0·NaN would be NaN
             keep_y, keep_x = _support(weight_y), _support(weight_x)
@@ -200,7 +200,7 @@ def tiled_bands(
             target[..., keep_y, keep_x] += part
             if mask is not None:
                 if totals.mask is None:
-                    totals.mask = torch.zeros(mask.shape[0], height, width, dtype=torch.bool)
+                    totals.mask = torch.zeros(mask.shape[0], height, width, dtype=torch.bool, device='cpu')
                 _put_mask(totals.mask, mask, rows, columns, overlap)
             on_tile()
         finished = (next_top - top) * scale
@@ -250,7 +250,7 @@ def tiled_mask(
             rows, columns = slice(top, top + tile_h), slice(left, left + tile_w)
             mask = mask_of(read(rows, columns))[:, :tile_h, :tile_w]
             if whole is None:
-                whole = torch.zeros(mask.shape[0], height, width, dtype=torch.bool)
+                whole = torch.zeros(mask.shape[0], height, width, dtype=torch.bool, device='cpu')
             _put_mask(whole, mask, rows, columns, overlap)
     return whole
 

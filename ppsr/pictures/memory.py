@@ -53,16 +53,37 @@ def used_memory(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def _cgroup_room() -> float:
-    """Bytes that a container's limit (control groups, version 2) still leaves; infinite without one."""
-    group = Path('/sys/fs/cgroup')
+def _cgroup_room(proc: Path = Path('/proc/self/cgroup'), root: Path = Path('/sys/fs/cgroup')) -> float:
+    """Bytes that the limits of control groups (both versions) still leave to this process; infinite without any.
+
+    The limit may be that of any group above this process's own: SLURM and systemd nest them.
+    """
+    room = float('inf')
     try:
-        limit = int((group / 'memory.max').read_text())
-        used = int((group / 'memory.current').read_text())
+        lines = [line.split(':', 2) for line in proc.read_text().splitlines()]
+    except OSError:  # no Linux
+        return room
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers == '':
+            base, names = root, ('memory.max', 'memory.current', 'inactive_file')
+        elif 'memory' in controllers.split(','):
+            base, names = root / 'memory', ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')
+        else:
+            continue
+        group = base / path.lstrip('/')
+        # inside a container the path may be that of the host; its own group is the root then
+        for folder in [group, *group.parents][: len(group.parts) - len(base.parts) + 1]:
+            room = min(room, _room_of(folder, *names))
+    return room
+
+
+def _room_of(group: Path, limit: str, used: str, cached: str) -> float:
+    try:
+        most, now = int((group / limit).read_text()), int((group / used).read_text())
         statistics = dict(line.split() for line in (group / 'memory.stat').read_text().splitlines())
     except (OSError, ValueError):  # no such file, or 'max'
         return float('inf')
-    return limit - used + int(statistics.get('inactive_file', 0))  # cached files give way
+    return most - now + int(statistics.get(cached, 0))  # cached files give way
 
 
 def release_heap() -> None:

@@ -18,16 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from ppsr.archs.atd_light_arch import mirror_pad
+from ppsr.device import DTYPES, no_default_device, resolve_device, resolve_dtype
 from ppsr.errors import UserError
 from ppsr.images import (
-    LUMA,
     MODES,
     Picture,
     atomic_file,
@@ -41,6 +40,7 @@ from ppsr.images import (
     write_picture,
 )
 from ppsr.pictures import memory
+from ppsr.pictures.bands import BAND_ROWS, resize_bands, split_alpha, to_numpy, with_alpha
 from ppsr.tiling import (
     DEFAULT_OVERLAP,
     Totals,
@@ -56,7 +56,6 @@ from ppsr.tiling import (
 __all__ = ['DTYPES', 'Stats', 'Upscaler', 'resolve_device', 'resolve_dtype']
 
 OUTSCALES = (0.01, 100.0)  # factors that make sense; beyond, only numbers that nobody meant
-DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 # A network is only measured when this many bytes per input pixel do not fit; three times what PP-ATD-light at ×4 was
 # measured to need (docs/upscale.md).
@@ -65,7 +64,6 @@ SAFETY = 1.25  # on the measured bytes per pixel
 SHARE_OF_FREE = 0.85  # of the memory that is free or allowed; the rest is for the holes that a heap gets
 MAX_CALL = 2**23  # input pixels of one network call: tensors stay below 2³¹ elements, which all kernels can index
 READ_BYTES = 12  # per pixel while a picture is decoded: Pillow's copy and ours
-BAND_ROWS = 64
 
 logger = logging.getLogger('ppsr')
 
@@ -99,36 +97,6 @@ class Stats:
     def saved_share(self) -> float:
         """Share of the dense multiply-adds that was saved, 0 to 1."""
         return 1 - self.gmacs / self.dense_gmacs if self.dense_gmacs else 0.0
-
-
-def resolve_device(device: str | torch.device = 'auto') -> torch.device:
-    """'auto' -> the first GPU, else the CPU; UserError for a device that this machine does not have."""
-    if str(device) == 'auto':
-        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise UserError(f'{device!r} is not a device; use auto, cpu, cuda or cuda:N.') from None
-    if device.type not in ('cpu', 'cuda'):
-        raise UserError(f'Device {str(device)!r} is not supported; use auto, cpu, cuda or cuda:N.')
-    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f'Device {str(device)!r} does not exist: {torch.cuda.device_count()} CUDA devices found.')
-    return device
-
-
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """'fp32', 'bf16', 'fp16' (or the torch dtype) -> torch dtype; UserError where the device does not do it well."""
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise UserError(f'{dtype!r} is not a precision; use {", ".join(DTYPES)}.')
-        dtype = DTYPES[dtype]
-    if dtype not in DTYPES.values():
-        raise UserError(f'{dtype} is not supported; use {", ".join(DTYPES)}.')
-    if dtype == torch.float16 and device.type == 'cpu':
-        raise UserError('fp16 needs a GPU: CPUs compute it slower and less exactly than fp32; use fp32 or bf16.')
-    if dtype == torch.bfloat16 and device.type == 'cuda' and not torch.cuda.is_bf16_supported():
-        raise UserError('This GPU has no bf16; use fp32 or fp16.')
-    return dtype
 
 
 class Upscaler:
@@ -360,8 +328,8 @@ class Upscaler:
             return None
         pixels = _check_array(pixels)
         tile = self._choose_tile(pixels, 0)
-        colour, _, peak = _split(pixels)
-        with torch.inference_mode():
+        colour, _, peak = split_alpha(pixels)
+        with torch.inference_mode(), no_default_device():
             mask = tiled_mask(self._mask_of, self._reader(colour, peak), pixels.shape[:2], tile, self.tile_overlap)
         return mask[0].numpy()
 
@@ -415,17 +383,17 @@ class Upscaler:
     def _rows(self, pixels: np.ndarray, tile: int, totals: Totals, on_tile: Callable[[], None]) -> Iterator[np.ndarray]:
         """The result in bands (rows, W', C), in the dtype of `pixels`."""
         height, width, _ = pixels.shape
-        colour, alpha, peak = _split(pixels)
+        colour, alpha, peak = split_alpha(pixels)
         read = self._reader(colour, peak)
         bands = tiled_bands(
             self.net, read, (height, width), self.scale, tile, self.tile_overlap, totals, on_tile, self._run
         )
-        rows = _to_numpy(bands, gray=colour.shape[2] == 1)
+        rows = to_numpy(bands, gray=colour.shape[2] == 1)
         size, source = self._output_shape(pixels.shape)[:2], (height * self.scale, width * self.scale)
         if size != source:
             rows = resize_bands(rows, source, size)
         if alpha is not None:
-            rows = _with_alpha(rows, alpha, peak, size)
+            rows = with_alpha(rows, alpha, peak, size)
         for band in rows:
             np.clip(band, 0, 1, out=band)
             yield np.rint(band * peak).astype(pixels.dtype) if peak > 1 else band.astype(pixels.dtype)
@@ -442,7 +410,7 @@ class Upscaler:
     def _run(self, net: nn.Module, lq: Tensor, totals: Totals) -> tuple[Tensor, Tensor | None]:
         """One network call in the precision chosen; a result that is not finite is never handed on."""
         half = self.dtype != torch.float32
-        with torch.inference_mode():
+        with torch.inference_mode(), no_default_device():
             with torch.autocast(self.device.type, self.dtype, enabled=half):
                 sr, mask = run_network(net, lq, totals)
             if not torch.isfinite(sr).all() and half:
@@ -543,83 +511,3 @@ def _check_array(image: np.ndarray) -> np.ndarray:
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails, too
         raise UserError(f'A float array must lie in [0, 1], this one has {low:g} to {high:g}.')
     return image.clip(0, 1).reshape(*image.shape[:2], -1)
-
-
-def _split(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, int]:
-    """Colour (H, W, 1 | 3) without hidden colours, alpha (H, W) or None, and the value of white."""
-    peak = np.iinfo(pixels.dtype).max if pixels.dtype.kind == 'u' else 1
-    if pixels.shape[2] not in (2, 4):
-        return pixels, None, peak
-    alpha = pixels[..., -1]
-    return _fill_transparent(pixels[..., :-1], alpha), alpha, peak
-
-
-def _fill_transparent(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Give every fully transparent pixel the colour of the nearest visible one, so that no hidden colour bleeds in."""
-    hidden = alpha == 0
-    if not hidden.any() or hidden.all():
-        return colour
-    _, labels = cv2.distanceTransformWithLabels(
-        hidden.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
-    )
-    rows, columns = np.nonzero(~hidden)
-    nearest = np.zeros(labels.max() + 1, np.int64)
-    nearest[labels[rows, columns]] = np.arange(len(rows))
-    filled = colour.copy()
-    index = nearest[labels[hidden]]
-    filled[hidden] = colour[rows[index], columns[index]]
-    return filled
-
-
-def _to_numpy(bands: Iterable[Tensor], gray: bool) -> Iterator[np.ndarray]:
-    """(1, 3, rows, W) tensors -> (rows, W, 3) or gray (rows, W, 1) float32 arrays in [0, 1], a few rows at a time."""
-    for band in bands:
-        for start in range(0, band.shape[-2], BAND_ROWS):
-            part = band[0, :, start : start + BAND_ROWS].clamp(0, 1).permute(1, 2, 0).float().cpu().numpy()
-            yield (part @ LUMA)[..., None] if gray else part
-
-
-def _with_alpha(
-    rows: Iterable[np.ndarray], alpha: np.ndarray, peak: int, size: tuple[int, int]
-) -> Iterator[np.ndarray]:
-    """Append the alpha channel, enlarged bicubically (flat areas stay exactly flat, which no network promises)."""
-    image, (height, width) = Image.fromarray(alpha.astype(np.float32) / peak), size
-    step, row = alpha.shape[0] / height, 0
-    for band in rows:
-        box = (0, row * step, image.width, min((row + len(band)) * step, image.height))
-        part = np.asarray(image.resize((width, len(band)), Image.Resampling.BICUBIC, box))
-        row += len(band)
-        yield np.concatenate([band, part[..., None]], axis=2)
-
-
-def resize_bands(bands: Iterable[np.ndarray], source: tuple[int, int], target: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Lanczos resizing of a picture that comes in bands, as Pillow does it to a whole one.
-
-    Args:
-        bands: (rows, w, C) float32 from the top down, h rows in all.
-        source, target: (h, w) and (H, W).
-
-    Yields:
-        (rows, W, C) float32, H rows in all; not clipped.
-    """
-    (height, width), (out_height, out_width) = source, target
-    step = height / out_height
-    reach = 3 * max(1.0, step) + 1  # rows that the filter looks up and down
-    buffer, first, done = None, 0, 0  # `buffer` starts at source row `first`; `done` target rows are finished
-    for band in bands:
-        buffer = band if buffer is None else np.concatenate([buffer, band])
-        ready = first + len(buffer)
-        possible = out_height if ready == height else int((ready - reach) / step)
-        while done < possible:
-            stop = min(possible, done + BAND_ROWS)
-            box = (0, done * step - first, width, min(stop * step - first, len(buffer)))
-            channels = [
-                Image.fromarray(np.ascontiguousarray(buffer[..., c])).resize(
-                    (out_width, stop - done), Image.Resampling.LANCZOS, box
-                )
-                for c in range(buffer.shape[2])
-            ]
-            yield np.stack([np.asarray(channel) for channel in channels], axis=2)
-            done = stop
-        unused = max(0, int(done * step - reach) - first)
-        buffer, first = buffer[unused:], first + unused

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib import font_manager, style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -13,6 +14,7 @@ from ppsr.masks.pure_pass import classify_pixels, color_centers
 
 __all__ = ['Panel', 'comparison', 'difference', 'enlarge_nearest', 'mask_overlay', 'network_mask', 'panels']
 
+CJK_FONTS = ('Noto Sans CJK JP', 'Noto Sans CJK SC', 'Source Han Sans', 'WenQuanYi Zen Hei', 'IPAexGothic', 'MS Gothic')
 TINT = 0.55  # share of the centre's colour in a pure pixel
 BAND_ROWS = 256  # labels are computed in float64 for K centres at once: a band at a time
 
@@ -148,18 +150,25 @@ def panels(pictures: list[Panel], title: str = '', columns: int = 3, width: floa
     Returns:
         (H, W, 3) uint8.
     """
+    with style.context('default'):  # not the user's own settings of matplotlib: they may change every picture
+        return _draw(pictures, title, columns, width)
+
+
+def _draw(pictures: list[Panel], title: str, columns: int, width: float) -> np.ndarray:
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     height, breadth = pictures[0].image.shape[:2]
     aspect = min(max(height / breadth, 0.2), 3.0)  # of a panel: an extreme panorama gets room for its caption
     panel_width = width / columns
-    caption = 0.75  # inches
-    figure = Figure(figsize=(width, rows * (panel_width * aspect + caption) + 0.5 + (0.5 if title else 0)), dpi=120)
+    caption_height = 0.75  # inches
+    figure = Figure(
+        figsize=(width, rows * (panel_width * aspect + caption_height) + 0.5 + (0.5 if title else 0)), dpi=120
+    )
     FigureCanvasAgg(figure)
     figure.set_layout_engine('constrained', h_pad=0.06, w_pad=0.06)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     if title:
-        figure.suptitle(title, fontsize=18)
+        figure.suptitle(**_caption(title), fontsize=18)
     for axis in axes:
         axis.set_axis_off()
     for axis, panel in zip(axes, pictures):
@@ -175,6 +184,16 @@ def panels(pictures: list[Panel], title: str = '', columns: int = 3, width: floa
             place.tick_params(labelsize=11)
         else:
             axis.imshow(panel.image, interpolation='antialiased')
-        axis.set_title(f'{panel.title}\n{panel.detail}' if panel.detail else panel.title, fontsize=15)
+        caption = _caption(panel.title, panel.detail)
+        axis.set_title(caption.pop('t'), **caption, fontsize=15)
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+def _caption(*lines: str) -> dict:
+    """Arguments for a text that may hold any file name: `$` is no mathematics, signs that no font has are replaced."""
+    known = {entry.name for entry in font_manager.fontManager.ttflist}
+    fonts = ['DejaVu Sans', *(font for font in CJK_FONTS if font in known)]
+    signs = set().union(*(font_manager.get_font(font_manager.findfont(font)).get_charmap() for font in fonts))
+    text = '\n'.join(''.join(s if ord(s) in signs else '\ufffd' for s in line) for line in lines if line)
+    return {'t': text, 'parse_math': False, 'fontfamily': fonts}

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish to stop: the iteration is finished and a checkpoint saved first."""
+"""SIGTERM, SIGHUP and Ctrl-C as a wish to stop: the iteration is finished and a checkpoint saved first."""
 
 import signal
 import threading
@@ -23,7 +23,10 @@ class StopSignals:
 
     def __enter__(self) -> 'StopSignals':
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+            hangup = getattr(signal, 'SIGHUP', signal.SIGTERM)
+            if signal.getsignal(hangup) is signal.SIG_IGN:  # nohup
+                hangup = signal.SIGTERM
+            self._before = {s: signal.signal(s, self._note) for s in {signal.SIGTERM, signal.SIGINT, hangup}}
         return self
 
     def __exit__(self, *_) -> None:

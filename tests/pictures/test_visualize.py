@@ -1,5 +1,7 @@
 """Masks and comparisons: the right colours, the right numbers, captions inside of the picture."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -173,3 +175,20 @@ def test_mask_command(tmp_path, capsys):
     assert main(arguments) == 1 and 'exists already' in capsys.readouterr().out
     assert main([*arguments, '--window-size', '0']) == 2
     assert main([*arguments, '--zoom', '0']) == 2
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('title', ['price_$5_$6.png', '$\\frac{', os.fsdecode(b'caf\xe9.png'), '写真.png', 'a\nb'])
+def test_a_caption_may_be_any_file_name(title):
+    plain = panels([Panel(blocks(), 'Alone')], 'x' * len(title), columns=3, width=4)
+    drawn = panels([Panel(blocks(), 'Alone')], title, columns=3, width=4)
+    assert drawn.shape[1] == plain.shape[1] and (drawn[:40] < 128).any()  # something is written there
+
+
+def test_pictures_do_not_depend_on_the_users_matplotlib():
+    import matplotlib
+
+    expected = panels([Panel(blocks(), 'Alone', 'detail')], 'title', width=4)
+    settings = {'font.size': 30, 'figure.facecolor': 'red', 'text.usetex': True, 'image.interpolation': 'bicubic'}
+    with matplotlib.rc_context(settings):
+        np.testing.assert_array_equal(panels([Panel(blocks(), 'Alone', 'detail')], 'title', width=4), expected)

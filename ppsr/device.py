@@ -1,0 +1,48 @@
+"""Where and in which precision a network runs: names that users write, checked against what this machine has."""
+
+import contextlib
+
+import torch
+
+from ppsr.errors import UserError
+
+__all__ = ['DTYPES', 'no_default_device', 'resolve_device', 'resolve_dtype']
+
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+
+
+def resolve_device(device: str | torch.device = 'auto') -> torch.device:
+    """'auto' -> the first GPU, else the CPU; UserError for a device that this machine does not have."""
+    if str(device) == 'auto':
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise UserError(f'{device!r} is not a device; use auto, cpu, cuda or cuda:N.') from None
+    if device.type not in ('cpu', 'cuda'):
+        raise UserError(f'Device {str(device)!r} is not supported; use auto, cpu, cuda or cuda:N.')
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f'Device {str(device)!r} does not exist: {torch.cuda.device_count()} CUDA devices found.')
+    return device
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """'fp32', 'bf16', 'fp16' (or the torch dtype) -> torch dtype; UserError where the device does not do it well."""
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UserError(f'{dtype!r} is not a precision; use {", ".join(DTYPES)}.')
+        dtype = DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        raise UserError(f'{dtype} is not supported; use {", ".join(DTYPES)}.')
+    if dtype == torch.float16 and device.type == 'cpu':
+        raise UserError('fp16 needs a GPU: CPUs compute it slower and less exactly than fp32; use fp32 or bf16.')
+    if dtype == torch.bfloat16 and device.type == 'cuda' and not torch.cuda.is_bf16_supported():
+        raise UserError('This GPU has no bf16; use fp32 or fp16.')
+    return dtype
+
+
+def no_default_device() -> contextlib.AbstractContextManager:
+    """Context in which tensors without a device are made on the CPU, whatever the user's program has set."""
+    if torch.get_default_device().type == 'cpu':  # as everywhere: entering a context would slow down every call
+        return contextlib.nullcontext()
+    return torch.device('cpu')
