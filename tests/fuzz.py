@@ -18,11 +18,13 @@ import math
 import random
 import resource
 import signal
+import struct
 import sys
 import tempfile
 import time
 import traceback
 import warnings
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -322,6 +324,101 @@ def _picture(rng: random.Random) -> bytes:
     return file.getvalue()
 
 
+# Tags of TIFF: what each may reasonably hold; any of them may be anything (ODD_NUMBERS) instead
+ODD_NUMBERS = [0, 1, 2, 3, 5, 9, 255, 256, 1000, 65535, 65536, 2**24, 2**31 - 1, 2**31, 2**32 - 1]
+TIFF_TAGS = {
+    254: [0, 1],
+    256: [1, 2, 5, 17],  # width
+    257: [1, 2, 5, 17],
+    258: [1, 2, 4, 8, 8, 10, 12, 14, 16, 16, 32],  # bits of a sample
+    259: [1, 1, 1, 1, 1, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 34712, 34925, 50000, 50001],  # compression
+    262: [0, 1, 1, 2, 2, 3, 5, 6, 8, 32803],  # kind of colours
+    266: [1, 2],
+    273: [8],  # where the pixels are
+    274: [1, 3, 6, 8, 9],  # orientation
+    277: [1, 1, 2, 3, 4, 5],  # samples
+    278: [17, 17, 17, 1, 2, 5],
+    279: [1, 64, 999, 10_000],
+    282: [72],
+    283: [72],
+    284: [1, 2],  # contiguous or planar
+    296: [1, 2, 3],
+    317: [1, 2, 3],  # predictor
+    320: [0, 128],  # palette
+    322: [16, 32],  # tiles
+    323: [16, 32],
+    324: [8],
+    325: [64, 999],
+    338: [0, 1, 2],  # further samples
+    339: [1, 1, 1, 1, 1, 1, 2, 3, 4, 6],  # kind of samples
+    347: [0, 255],
+    34675: [0],  # profile
+}
+USUAL = (256, 257, 258, 259, 262, 273, 277, 278, 279)
+
+
+def tiff_case(rng: random.Random) -> None:
+    """A TIFF made tag by tag: read, or refused in a sentence; what the header says agrees with what is read."""
+    from ppsr.images import decode_rgb, read_header, read_picture
+
+    content = _tiff(rng)
+    try:
+        pixels = read_picture(content).pixels
+    except UserError as e:
+        _one_sentence(e)
+        return
+    assert pixels.dtype in (np.uint8, np.uint16) and 1 <= pixels.shape[2] <= 4 and pixels.size
+    header = read_header(content)
+    assert header.upright == pixels.shape[:2], f'{header} but {pixels.shape}'
+    assert (header.bits > 8) == (pixels.dtype == np.uint16), f'{header} but {pixels.dtype}'
+    assert decode_rgb(content).shape == (*pixels.shape[:2], 3)
+
+
+def _tiff(rng: random.Random) -> bytes:
+    order, big = rng.choice('<>'), rng.random() < 0.1
+    odd = rng.choice([0, 0, 0.03, 0.1])  # share of tags with odd values; of odd types and counts half as many
+    samples = rng.choice(TIFF_TAGS[277])
+    pixels = bytes(rng.randrange(256) for _ in range(rng.choice([0, 7, 300, 9000, 9000, 9000])))
+    if rng.random() < 0.3:
+        pixels = zlib.compress(pixels)
+    chosen = [tag for tag in TIFF_TAGS if rng.random() < (0.99 if tag in USUAL else 0.1)]
+    begin = (16 if big else 8) + len(pixels)
+    end = begin + (8 if big else 2) + (20 if big else 12) * len(chosen) + (8 if big else 4)
+    entries, more = b'', b''
+    for tag in chosen:
+        kind, count = rng.choice([3, 3, 3, 4, 4, 16 if big else 4]), 1
+        if tag in (258, 339) or (tag in (273, 279) and rng.random() < 0.3):
+            count = samples
+        if tag == 320:
+            count = 3 * rng.choice([2, 16, 256])
+        values = [rng.choice(TIFF_TAGS[tag])] * count
+        if tag == 273:
+            values = [16 if big else 8] * count
+        elif tag == 277:
+            values = [samples]
+        elif tag == 279 and rng.random() < 0.7:
+            values = [max(1, len(pixels) // count)] * count
+        if rng.random() < odd:
+            values = [rng.choice(ODD_NUMBERS) for _ in range(rng.choice([0, 1, 2, 3, 300]))]
+        if rng.random() < odd / 2:
+            kind = rng.choice([0, 1, 2, 5, 7, 10, 11, 12, 13, 99])
+        code = {3: 'H', 4: 'I', 16: 'Q', 1: 'B', 2: 'B', 7: 'B', 5: 'II', 10: 'ii', 11: 'f', 12: 'd'}.get(kind, 'I')
+        limit = 2 ** (8 * min(4, struct.calcsize('=' + code[0]))) - 1
+        data = b''.join(
+            struct.pack(order + code, *[min(v, limit // 2 if 'i' in code else limit)] * len(code)) for v in values
+        )
+        claimed = len(values) if rng.random() >= odd / 2 else rng.choice(ODD_NUMBERS)
+        room = 8 if big else 4
+        if len(data) > room:
+            data, more = struct.pack(order + ('Q' if big else 'I'), end + len(more)), more + data
+        entries += struct.pack(order + ('HHQ' if big else 'HHI'), tag, kind, claimed) + data.ljust(room, b'\0')
+    follows = rng.choice([0, 0, 0, begin, 2**31])  # the next page: none, the same again, nowhere
+    head = b'II' if order == '<' else b'MM'
+    head += struct.pack(order + 'HHHQ', 43, 8, 0, begin) if big else struct.pack(order + 'HI', 42, begin)
+    directory = struct.pack(order + ('Q' if big else 'H'), len(chosen)) + entries
+    return head + pixels + directory + struct.pack(order + ('Q' if big else 'I'), follows) + more
+
+
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
@@ -522,6 +619,7 @@ def _network_case(rng: random.Random) -> None:
 KINDS = {
     'options': options_case,
     'pictures': picture_case,
+    'tiff': tiff_case,
     'weights': weights_case,
     'metadata': metadata_case,
     'tensors': tensor_case,

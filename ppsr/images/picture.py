@@ -77,7 +77,7 @@ def check_size(name: str, width: int, height: int, samples: int = 4, bits: int =
 
 def orientation_of(value) -> int:
     """EXIF's orientation as a number of 1 to 8, from whatever type of number a file has it in; 1 for anything else."""
-    if isinstance(value, (tuple, bytes)) and len(value) == 1:  # BYTE instead of SHORT
+    if isinstance(value, (tuple, bytes)) and value:  # BYTE instead of SHORT, or several numbers
         value = value[0]
     return int(value) if isinstance(value, (int, float)) and value in range(1, 9) else 1
 

@@ -30,7 +30,10 @@ def _first_page(file: BinaryIO, name: str) -> Iterator[tifffile.TiffPage]:
     file.seek(0)
     with tifffile.TiffFile(file) as tiff:
         page = tiff.pages[0]
-        bits = page.bitspersample if isinstance(page.bitspersample, int) else max(page.bitspersample)
+        bits = page.bitspersample
+        numbers = (page.imagewidth, page.imagelength, page.imagedepth, page.samplesperpixel, page.photometric)
+        if not all(isinstance(number, int) for number in (*numbers, page.compression, bits)):
+            raise ValueError('its tags have not the numbers that they should have')
         check_size(name, page.imagewidth, page.imagelength * page.imagedepth, page.samplesperpixel, bits)
         formats = page.sampleformat if isinstance(page.sampleformat, tuple) else (page.sampleformat,)
         for kind, what in ((2, 'signed'), (3, 'floating-point'), (5, 'complex'), (6, 'complex')):
