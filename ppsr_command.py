@@ -103,6 +103,9 @@ def main(argv: list[str] | None = None) -> int:
         0 when all went well, 1 when something failed on the way (said), 2 for a user's mistake, 128 + N after signal N.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if any('\0' in word for word in argv):
+        print('ppsr: error: no word may hold a NUL character.', file=sys.stderr)
+        return 2
     command = next((word for word in argv if not word.startswith('-')), None)
     try:
         args = build_parser(command).parse_args(argv)

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tell(text: str, code: int) -> int:
+    text = text.encode('utf-8', 'backslashreplace').decode()  # names of files need not be text
     print(f'ppsr: {text}', file=sys.stderr)
     return code
 

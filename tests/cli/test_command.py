@@ -205,3 +205,35 @@ def test_what_the_machine_refuses_is_a_sentence(monkeypatch, capsys):
         monkeypatch.setattr(doctor, 'run', run)
         assert main(['doctor']) == 1
         assert capsys.readouterr().err == said
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+
+HOSTILE = {
+    'missing': 'missing/x.png',
+    'too long': 'n' * 300,
+    'empty': '',
+    'no UTF-8': os.fsdecode(b'caf\xe9.yml'),
+    'below a file': 'file/x.safetensors',
+    'a folder': 'folder',
+    'a NUL': 'a\0b.png',
+}
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+@pytest.mark.parametrize('kind', HOSTILE)
+def test_any_name_of_a_file_is_one_sentence(command, kind, tmp_path, monkeypatch, capsys):
+    """Whatever an option that takes a text is given, beside values for the others that lead nowhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'file').write_text('')
+    (tmp_path / 'folder').mkdir()
+    every = options(command)
+    for action in every:
+        if isinstance(action.type, Number) or action.choices:
+            continue
+        needed = [word for other in every if other.required and other is not action for word in words(other, 'missing')]
+        code = main([command, *needed, *words(action, HOSTILE[kind])])
+        said = capsys.readouterr().err
+        assert code in (1, 2) and said.startswith('ppsr: error: ') and said.count('\n') == 1 and len(said) < 1000, said
+    assert [path.name for path in tmp_path.rglob('*') if not path.is_dir()] == ['file']

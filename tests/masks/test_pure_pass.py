@@ -177,3 +177,33 @@ def test_doctests():
 
     results = doctest.testmod(ppsr.masks.pure_pass, extraglobs={'torch': torch})
     assert results.attempted >= 4 and results.failed == 0
+
+
+@pytest.mark.parametrize('num_centers', [15, 16, 17, 33, 360])
+def test_many_centres_are_gone_through_in_parts(num_centers):
+    """The label is the nearest centre, the lowest of several, whatever part it is in."""
+    lq = torch.randint(0, 256, (2, 3, 6, 5)) / 255
+    lq[0, :, 0, 0] = 0.5  # gray is equally far from all centres of a symmetric set, up to rounding
+    centers = color_centers(num_centers)
+    pixels = (lq.double() * 65535).round() / 65535
+    distance = (pixels[:, None] - centers.view(1, -1, 3, 1, 1)).square().sum(2)
+    label = classify_pixels(lq, num_centers)
+    found = distance.gather(1, label[:, None])[:, 0]
+    assert (found - distance.amin(1)).abs().max() < 1e-4 and label.max() >= num_centers // 2
+
+
+def test_a_window_far_larger_than_the_image_takes_no_more_memory_than_the_image():
+    labels = torch.zeros(1, 6, 9, dtype=torch.int64)
+    assert window_mask(labels, 10**9, 5 * 10**8).all()
+    labels[0, 2, 3] = 1
+    assert not window_mask(labels, 10**9).any()
+    assert (
+        window_mask(labels, 7).tolist()
+        == window_mask(torch.nn.functional.pad(labels, (0, 0, 0, 1), value=0), 7)[:, :6].tolist()
+    )
+
+
+@pytest.mark.parametrize('num_centers', [0, 4097, 10**9])
+def test_the_number_of_centres_has_a_range(num_centers):
+    with pytest.raises(ValueError, match='num_centers must be 1 to 4096'):
+        PurePass(num_centers)
