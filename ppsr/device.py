@@ -1,12 +1,13 @@
 """Where and in which precision a network runs: names that users write, checked against what this machine has."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
 from ppsr.errors import UserError
 
-__all__ = ['DTYPES', 'no_default_device', 'resolve_device', 'resolve_dtype']
+__all__ = ['DTYPES', 'no_default_device', 'resolve_device', 'resolve_dtype', 'torch_defaults']
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -46,3 +47,15 @@ def no_default_device() -> contextlib.AbstractContextManager:
     if torch.get_default_device().type == 'cpu':  # as everywhere: entering a context would slow down every call
         return contextlib.nullcontext()
     return torch.device('cpu')
+
+
+@contextlib.contextmanager
+def torch_defaults() -> Iterator[None]:
+    """Context in which networks are built in float32 on the CPU, whatever the user's program has set as default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with no_default_device():
+            yield
+    finally:
+        torch.set_default_dtype(before)

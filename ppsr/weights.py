@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ppsr.atomic import atomic_path
+from ppsr.device import torch_defaults
 from ppsr.errors import UserError
 from ppsr.schema import show
 from ppsr.shipped import pretrained_models
@@ -446,7 +447,8 @@ def load_model(
         raise UserError(f'{config["type"]!r} is not a registered arch.')
     name = config.pop('type')
     try:
-        net = build_and_load(lambda: ARCH_REGISTRY.get(name)(**config), checkpoint, name)
+        with torch_defaults():  # bfloat16 as default would round the weights
+            net = build_and_load(lambda: ARCH_REGISTRY.get(name)(**config), checkpoint, name)
     except (TypeError, ValueError) as e:
         raise UserError(f'{checkpoint.path}: its configuration cannot be built: {e}') from e
     return net.to(device=device, dtype=dtype).eval()

@@ -371,3 +371,19 @@ def test_commands_unpickle_nothing_whatever_the_default_of_torch(tmp_path, setti
     environment = os.environ | {'PYTHONPATH': str(REPOSITORY)} | ({setting: '1'} if setting else {})
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and not (tmp_path / 'executed').exists(), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize('dtype, device', [(torch.bfloat16, None), (torch.float64, None), (torch.float32, 'meta')])
+def test_weights_do_not_depend_on_torchs_defaults(dtype, device):
+    expected = load_model().state_dict()
+    try:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device)
+        net = load_model()
+        assert torch.get_default_dtype() == dtype  # stays as it was
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for name, value in net.state_dict().items():
+        assert value.dtype == expected[name].dtype and value.device.type == 'cpu', name
+        assert torch.equal(value, expected[name]), name

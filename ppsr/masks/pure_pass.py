@@ -48,7 +48,7 @@ def color_centers(num_centers: int = 8) -> Tensor:
     """
     _check_centers(num_centers)
     rgb = [colorsys.hsv_to_rgb(k / num_centers, SATURATION, VALUE) for k in range(num_centers)]
-    return torch.tensor(rgb, dtype=torch.float64).round(decimals=12)  # 0.09, not 0.08999999999999997
+    return torch.tensor(rgb, dtype=torch.float64, device='cpu').round(decimals=12)  # 0.09, not 0.08999999999999997
 
 
 def classify_pixels(lq: Tensor, num_centers: int = 8) -> Tensor:
