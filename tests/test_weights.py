@@ -19,6 +19,7 @@ from ppsr.archs import ATDLight, PPATDLight
 from ppsr.convert import convert
 from ppsr.errors import UserError
 from ppsr.weights import (
+    DEFAULT_MODEL,
     guess_config,
     list_pretrained,
     load_into,
@@ -77,7 +78,7 @@ def test_the_published_buffer_is_written_and_not_asked_for(tmp_path, net, suffix
     """The published code registers it and loads strictly; files without it, as ours once were, load strictly here."""
     path, window = tmp_path / f'x{suffix}', 8
     save_checkpoint(path, net.state_dict())
-    raw = torch.load(path)['params_ema'] if suffix == '.pth' else safetensors.torch.load_file(path)
+    raw = torch.load(path, weights_only=True)['params_ema'] if suffix == '.pth' else safetensors.torch.load_file(path)
     expected = torch.empty(window**2, window**2, dtype=torch.long)
     for i in range(window**2):
         for j in range(window**2):
@@ -130,7 +131,7 @@ def test_the_guessed_ratio_gives_the_hidden_width(tiny, dim, hidden):
 
 def test_a_file_of_the_shipped_name_is_taken_by_its_path_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    name = 'PPATDLight_x4_cpu'
+    name = DEFAULT_MODEL
     (tmp_path / name).write_text('nothing')
     (tmp_path / 'other').write_text('nothing')
     assert resolve(name) == resolve() == list_pretrained()[name]

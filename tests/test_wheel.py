@@ -12,6 +12,7 @@ import pytest
 from support import REPOSITORY
 
 from ppsr.shipped import options_file
+from ppsr.weights import DEFAULT_MODEL
 
 
 def call(*command, cwd, **environment) -> str:
@@ -37,15 +38,7 @@ def wheel(tmp_path_factory):
         pytest.skip('not a clone: which files belong to the package is not known here')
     for name in listed.stdout.decode().splitlines():
         source, target = REPOSITORY / name, folder / 'source' / name
-        if source.is_file() and name.split('/')[0] in (
-            'ppsr',
-            'options',
-            'experiments',
-            'setup.py',
-            'pyproject.toml',
-            'README.md',
-            'LICENSE',
-        ):
+        if source.is_file() and name.split('/')[0] not in ('tests', 'docs', 'benchmarks'):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
     build = ('-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '--no-index', '-w', folder, '.')
@@ -59,8 +52,7 @@ def wheel(tmp_path_factory):
 def test_a_wheel_has_all_that_the_commands_need(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert (
-        'ppsr/pretrained_models/PPATDLight_x4_cpu.safetensors' in names
-        and 'ppsr/options/test/atd_light_x2.yml' in names
+        f'ppsr/pretrained_models/{DEFAULT_MODEL}.safetensors' in names and 'ppsr/options/test/atd_light_x2.yml' in names
     )
     site, elsewhere = tmp_path / 'site', tmp_path / 'elsewhere'
     elsewhere.mkdir()
@@ -70,7 +62,7 @@ def test_a_wheel_has_all_that_the_commands_need(wheel, tmp_path):
     def ppsr(*arguments):
         return call(site / 'bin' / 'ppsr', *arguments, cwd=elsewhere, PYTHONPATH=str(site))
 
-    assert f'PPATDLight_x4_cpu  {site / "ppsr" / "pretrained_models"}' in ppsr('doctor')
+    assert f'{DEFAULT_MODEL}  {site / "ppsr" / "pretrained_models"}' in ppsr('doctor')
     cv2.imwrite(str(elsewhere / 'p.png'), np.random.default_rng(0).integers(0, 256, (17, 20, 3), np.uint8))
     ppsr('upscale', '-i', 'p.png', '-o', 'out.png')
     assert cv2.imread(str(elsewhere / 'out.png')).shape == (68, 80, 3)
