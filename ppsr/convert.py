@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from basicsr.utils.registry import ARCH_REGISTRY
-
+from ppsr.archs.build import as_arch, build_network
 from ppsr.archs.settings import check_settings
 from ppsr.errors import UserError
-from ppsr.weights import as_arch, build_and_load, described, read_checkpoint, save_checkpoint
+from ppsr.weights import build_and_load, described, read_checkpoint, save_checkpoint
 
 __all__ = ['convert']
 
@@ -26,7 +25,7 @@ def convert(
     Args:
         source: .pth (BasicSR's, ours or a published ATD-light's) or .safetensors.
         target: .safetensors, or .pth (which cannot carry a configuration).
-        arch: recorded type of the network; None = what the file says, else 'ATDLight'.
+        arch: recorded type of the network; None = what the file says, else what its weights look like.
         category_size: recorded; a .pth does not say it, and nothing in its weights shows it. None = what the file
             says, else the published 128.
         key: 'params_ema' or 'params'; None = the first that is there.
@@ -41,9 +40,7 @@ def convert(
     if key and checkpoint.key != key:
         raise UserError(f'{source} has no {key!r} weights.')
     known = checkpoint.config is not None
-    config = as_arch(described(checkpoint, arch), arch)
-    if config['type'] not in ARCH_REGISTRY:
-        raise UserError(f'{config["type"]!r} is not a registered arch; ours are ATDLight and PPATDLight.')
+    config = as_arch(described(checkpoint, arch), arch, f'{source}')
     if category_size is not None:
         config = check_settings(config | {'category_size': category_size}, f'{source}: its configuration')
     where = {'': 'at the top level', 'safetensors': 'as safetensors'}.get(checkpoint.key, f'under {checkpoint.key!r}')
@@ -57,11 +54,7 @@ def convert(
         yield f'  (category_size {config["category_size"]} is the published one: the file does not say it)'
     yield from (f'  {printable(name)}: {printable(value)}' for name, value in checkpoint.facts.items())
 
-    arguments = {name: value for name, value in config.items() if name != 'type'}
-    try:
-        net = build_and_load(lambda: ARCH_REGISTRY.get(config['type'])(**arguments), checkpoint, config['type'])
-    except (TypeError, ValueError) as error:
-        raise UserError(f'{source}: {config["type"]} cannot be built with this configuration: {error}') from None
+    net = build_and_load(lambda: build_network(config, f'{source}'), checkpoint, config['type'])
     buffers = {name: value for name, value in net.state_dict().items() if name not in tensors}  # those that follow
     save_checkpoint(target, tensors | buffers, config, checkpoint.facts)
     yield f'{target} written: {config["type"]} ×{config.get("upscale", "?")}, all keys fit'

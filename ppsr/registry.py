@@ -1,6 +1,6 @@
 """Registration in basicsr's registries that survives being imported twice."""
 
-__all__ = ['register']
+__all__ = ['register', 'registered']
 
 
 def register(registry):
@@ -26,3 +26,10 @@ def register(registry):
         return cls
 
     return decorate
+
+
+def registered(registry, name):
+    """What basicsr's `registry` finds under a name, with its suffix for what basicsr brings itself, or None."""
+    if not isinstance(name, str):
+        return None
+    return registry._obj_map.get(name) or registry._obj_map.get(f'{name}_basicsr')

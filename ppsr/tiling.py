@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ppsr.archs.masked import as_masked
 from ppsr.errors import UserError
 
 __all__ = [
@@ -121,20 +122,21 @@ def blend_weights(size: int, tile: int, overlap: int, scale: int) -> list[Tensor
 def run_network(net, lq: Tensor, totals: Totals) -> tuple[Tensor, Tensor | None]:
     """One call of the network, counted in `totals`.
 
-    `net` is an :class:`~ppsr.archs.ATDLight` or a :class:`~ppsr.archs.PPATDLight`; any other module that maps
-    (B, 3, h, w) to (B, 3, s·h, s·w) works too and counts no multiply-adds.
+    `net` is a :class:`~ppsr.archs.MaskedNetwork`; any other module that maps (B, 3, h, w) to (B, 3, s·h, s·w) works
+    too and counts no multiply-adds.
 
     Returns:
         sr (B, 3, s·h, s·w), and the mask (B, h, w) or None.
     """
     totals.tiles += 1
-    if not hasattr(net, 'macs'):
+    contract = as_masked(net)
+    if contract is None:
         return net(lq), None
     sr, mask = net(lq, return_mask=True)
     batch, (height, width) = lq.shape[0], lq.shape[-2:]
-    dense = batch * sum(net.macs(height, width).values())
+    dense = batch * sum(contract.macs(height, width).values())
     totals.dense_macs += dense
-    totals.macs += dense if mask is None else sum(net.macs(height, width, mask).values())
+    totals.macs += dense if mask is None else sum(contract.macs(height, width, mask).values())
     return sr, None if mask is None else mask[:, :height, :width]
 
 

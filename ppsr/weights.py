@@ -7,7 +7,6 @@ run code is refused.
 
 import io
 import json
-import math
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ppsr.archs.build import as_arch, build_network, config_from, dense_variant
 from ppsr.atomic import atomic_path
 from ppsr.device import torch_defaults
 from ppsr.errors import UserError
@@ -29,7 +29,6 @@ from ppsr.shipped import pretrained_models
 
 __all__ = [
     'Checkpoint',
-    'as_arch',
     'build_and_load',
     'compare',
     'described',
@@ -283,48 +282,16 @@ def _some(names: list[str], separator: str = ', ') -> str:
     return separator.join(names[:4]) + (f'{separator}… ({len(names) - 4} more)' if len(names) > 4 else '')
 
 
-def guess_config(state_dict: dict[str, Tensor], arch: str = 'ATDLight') -> dict:
-    """Configuration of a checkpoint that does not carry one, from the shapes of its parameters.
+def guess_config(state_dict: dict[str, Tensor], arch: str | None = None) -> dict:
+    """Configuration of a checkpoint that does not carry one, from the names and shapes of its parameters
+    (:func:`ppsr.archs.build.config_from`).
 
-    category_size leaves no trace in the parameters: the published 128 is assumed. So do the settings of the mask.
+    What leaves no trace in the parameters is taken as published: category_size, the settings of the mask.
 
     Raises:
-        UserError: these are not parameters of ATD-light.
+        UserError: these are not parameters of a network of this package.
     """
-    try:
-        layer, group = 'layers.{}.residual_group.layers.{}.', 'layers.{}.conv.weight'
-        groups = sum(group.format(i) in state_dict for i in range(len(state_dict)))
-        depths, heads = [], []
-        for i in range(groups):
-            norm = layer + 'norm1.weight'
-            depths.append(sum(norm.format(i, j) in state_dict for j in range(len(state_dict))))
-            heads.append(state_dict[layer.format(i, 0) + 'attn_win.relative_position_bias_table'].shape[1])
-        first = layer.format(0, 0)
-        embed_dim = state_dict['conv_first.weight'].shape[0]
-        table = state_dict[first + 'attn_win.relative_position_bias_table'].shape[0]
-        return {
-            'type': arch,
-            'upscale': round((state_dict['upsample.0.weight'].shape[0] / 3) ** 0.5),
-            'embed_dim': embed_dim,
-            'depths': depths,
-            'num_heads': heads,
-            'window_size': (round(table**0.5) + 1) // 2,
-            'category_size': 128,
-            'num_tokens': state_dict['layers.0.residual_group.td'].shape[0],
-            'reducted_dim': state_dict[first + 'attn_atd.wq.weight'].shape[0],
-            'convffn_kernel_size': state_dict[first + 'convffn.dwconv.depthwise_conv.0.weight'].shape[-1],
-            'mlp_ratio': _mlp_ratio(state_dict[first + 'convffn.fc1.weight'].shape[0], embed_dim),
-        }
-    except (KeyError, IndexError, ZeroDivisionError) as e:
-        raise UserError(f'these weights are not those of an ATD-light network (no {e}); give its configuration.') from e
-
-
-def _mlp_ratio(hidden: int, dim: int) -> float:
-    """The ratio r with int(dim · r) == hidden: 123 / 60 is 2.05, and 60 · 2.05 is 122.99999999999999."""
-    ratio = hidden / dim
-    while int(dim * ratio) < hidden:
-        ratio = math.nextafter(ratio, math.inf)
-    return ratio
+    return config_from(state_dict, arch)
 
 
 def described(checkpoint: Checkpoint, arch: str | None = None) -> dict:
@@ -389,14 +356,6 @@ def build_and_load(build: Callable[[], nn.Module], checkpoint: Checkpoint, arch:
     return net
 
 
-def as_arch(config: dict, arch: str | None) -> dict:
-    """The configuration with another arch: without the settings of Pure-Pass where that one has none."""
-    config = config | {'type': arch or config['type']}
-    if config['type'] in ('ATDLight', 'CAMixerATDLight'):
-        config = {name: value for name, value in config.items() if not name.startswith('pp_')}
-    return config
-
-
 def list_pretrained() -> dict[str, Path]:
     """Names of the shipped weights and where they lie."""
     return {path.stem: path for path in sorted(pretrained_models().glob('*.safetensors'))}
@@ -431,24 +390,19 @@ def load_model(
 
     Args:
         path_or_name: weight file, or the name of shipped weights; None takes the default ones.
-        arch: build this registered arch instead of the one that the file names ('PPATDLight' runs a plain ATD
+        arch: build this registered arch instead of the one that the file names (PPATDLight runs a plain ATD
             checkpoint with Pure-Pass).
-        pure_pass: False runs PP weights dense, as ATDLight.
+        pure_pass: False runs the weights dense, with nothing exempted.
         device, dtype: of the network returned.
 
     Raises:
         UserError: no such file or name, weights that do not fit, an arch that does not exist.
     """
     checkpoint = read_checkpoint(resolve(path_or_name))
-    config = as_arch(described(checkpoint, arch), arch)
-    if not pure_pass and config['type'] == 'PPATDLight':
-        config = as_arch(config, 'ATDLight')
-    if config['type'] not in ARCH_REGISTRY:
-        raise UserError(f'{config["type"]!r} is not a registered arch.')
-    name = config.pop('type')
-    try:
-        with torch_defaults():  # bfloat16 as default would round the weights
-            net = build_and_load(lambda: ARCH_REGISTRY.get(name)(**config), checkpoint, name)
-    except (TypeError, ValueError) as e:
-        raise UserError(f'{checkpoint.path}: its configuration cannot be built: {e}') from e
+    where = f'{checkpoint.path}: its configuration'
+    config = as_arch(described(checkpoint, arch), arch, where)
+    if not pure_pass:
+        config = dense_variant(config)
+    with torch_defaults():  # bfloat16 as default would round the weights
+        net = build_and_load(lambda: build_network(config, where, dense=not pure_pass), checkpoint, config['type'])
     return net.to(device=device, dtype=dtype).eval()

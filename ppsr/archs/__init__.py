@@ -2,5 +2,6 @@
 
 from ppsr.archs.atd_light_arch import ATDLight, PPATDLight
 from ppsr.archs.camixer_atd_light_arch import CAMixerATDLight
+from ppsr.archs.masked import MaskedNetwork
 
-__all__ = ['ATDLight', 'CAMixerATDLight', 'PPATDLight']
+__all__ = ['ATDLight', 'CAMixerATDLight', 'MaskedNetwork', 'PPATDLight']

@@ -10,14 +10,16 @@ windows of S = window_size² tokens.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ppsr.archs.atd_light_arch import ATDGroup, ATDLayer, ATDLight, ResidualGroup, _init_weights, _require
+from ppsr.archs.atd_layers import init_weights
+from ppsr.archs.atd_light_arch import ATDLayer, ATDLight
+from ppsr.archs.masked import require
 from ppsr.registry import register
 
 __all__ = ['CAMixer', 'CAMixerATDLight']
@@ -162,10 +164,10 @@ class CAMixer(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)
         return x.transpose(1, 2).flatten(2).unflatten(0, window.shape)
 
-    def macs(self, images: int, windows: int) -> int:
-        """Multiply-adds of matrix products and convolutions in evaluation, for images of that many windows each."""
+    def macs(self, images: int, tokens: int) -> int:
+        """Multiply-adds of matrix products and convolutions in evaluation, for images of so many tokens each."""
         p, size = self.predictor, self.window_size
-        c, tokens = self.proj.in_features, images * windows * size**2
+        windows, c, tokens = tokens // size**2, self.proj.in_features, images * tokens
         attended = images * self.num_kept(windows) * size**2
         hidden, small = p.inward[0].out_features, p.offsets[0].out_features
         predictor = tokens * (p.inward[0].in_features * hidden + hidden * 9)
@@ -177,9 +179,8 @@ class CAMixer(nn.Module):
 class CAMixerLayer(ATDLayer):
     """An ATD layer whose window branch is a CAMixer with projections of its own; wqkv serves AC-MSA alone."""
 
-    def __init__(self, dim: int, num_heads: int, window_size: int, **layer):
-        super().__init__(dim=dim, num_heads=num_heads, window_size=window_size, **layer)
-        self.attn_win = CAMixer(dim, window_size, num_heads)
+    def __init__(self, ratio: float, **layer):
+        super().__init__(window_fn=partial(CAMixer, ratio=ratio), **layer)
 
     def forward(self, x: Tensor, td: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map x (B, H, W, C), dictionary td (B, M, C), condition (B, H, W, 2) -> next x, next td, mask (B, n)"""
@@ -192,29 +193,6 @@ class CAMixerLayer(ATDLayer):
         if self.refines:
             td = self.refine(x.flatten(1, 2), td, similarity)
         return x, td, mask
-
-
-class CAMixerGroup(ATDGroup):
-    layer_class = CAMixerLayer
-
-    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Map x (B, H, W, C), condition (B, H, W, 2) -> next x, the mask (B, n) of each layer"""
-        td, masks = self.td.repeat(x.shape[0], 1, 1), []
-        for layer in self.layers:
-            if self.use_checkpoint and torch.is_grad_enabled():
-                x, td, mask = checkpoint(layer, x, td, condition, use_reentrant=False)
-            else:
-                x, td, mask = layer(x, td, condition)
-            masks.append(mask)
-        return x, masks
-
-
-class CAMixerResidualGroup(ResidualGroup):
-    group_class = CAMixerGroup
-
-    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        y, masks = self.residual_group(x, condition)
-        return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), masks
 
 
 @register(ARCH_REGISTRY)
@@ -232,22 +210,20 @@ class CAMixerATDLight(ATDLight):
         ValueError: a value that is not supported, named.
     """
 
-    group_class = CAMixerResidualGroup
+    title = 'CAMixer-ATD-light'
     auxiliary_weights = {'ratio': 0.1}
 
     def __init__(self, camixer_ratio: float = 0.5, **kwargs):
-        super().__init__(**kwargs)
         number = isinstance(camixer_ratio, (int, float)) and not isinstance(camixer_ratio, bool)
-        _require(number and 0 <= camixer_ratio <= 1, 'camixer_ratio', camixer_ratio, 'a number from 0 to 1')
+        require(number and 0 <= camixer_ratio <= 1, 'camixer_ratio', camixer_ratio, 'a number from 0 to 1')
+        super().__init__(layer_fn=partial(CAMixerLayer, ratio=camixer_ratio), **kwargs)
         self.camixer_ratio = camixer_ratio
-        for mixer in self.mixers():
-            mixer.ratio = camixer_ratio
         dim = self.conv_first.out_channels
         hidden = max(dim // 3, 1)
         self.condition = nn.Sequential(
             nn.Linear(dim, hidden), nn.LeakyReLU(SLOPE), nn.Linear(hidden, CONDITION_CHANNELS)
         )
-        self.condition.apply(_init_weights)
+        self.condition.apply(init_weights)
         self._masks: list[Tensor] = []  # of the last training forward, for auxiliary_losses
 
     def mixers(self) -> list[CAMixer]:
@@ -263,6 +239,10 @@ class CAMixerATDLight(ATDLight):
         self._masks = collected if self.training else []
         return y
 
+    @classmethod
+    def config_from(cls, state_dict):
+        return None  # the heads leave no trace in the parameters
+
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """{'ratio': mean over the layers of (share of attended windows − camixer_ratio)²} of the last forward.
 
@@ -274,14 +254,11 @@ class CAMixerATDLight(ATDLight):
         shares = torch.stack([mask.mean() for mask in self._masks])
         return {'ratio': (shares - self.camixer_ratio).square().mean()}
 
-    def macs(self, height: int, width: int, pure: Tensor | None = None) -> dict[str, int]:
-        """As :meth:`ATDLight.macs`, in evaluation. The cost depends on the size of an image only, so `pure` is None."""
-        macs = super().macs(height, width, pure)
-        images = 1 if pure is None else pure.shape[0]
-        windows = -(-height // self.window_size) * -(-width // self.window_size)
+    def count(self, height: int, width: int, mask: Tensor) -> dict[str, int]:
+        """In evaluation: the windows that get attention are as many in every image."""
+        macs = super().count(height, width, mask)
         dim, hidden = self.condition[0].in_features, self.condition[0].out_features
-        macs['window'] = images * windows * self.window_size**2 * hidden * (dim + CONDITION_CHANNELS)
-        macs['window'] += sum(mixer.macs(images, windows) for mixer in self.mixers())
+        macs['window'] += mask.shape[0] * height * width * hidden * (dim + CONDITION_CHANNELS)
         return macs
 
     def __getstate__(self):  # copies and pickles do not carry the graph of the last training step

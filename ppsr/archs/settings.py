@@ -7,11 +7,29 @@ a file cannot ask for all memory there is. What goes together with what, the con
 from collections.abc import Mapping
 
 from ppsr.errors import UserError
+from ppsr.masks import list_masks
 from ppsr.schema import Choice, Kind, Number, Several, Truth, Whole, show
 
 __all__ = ['SETTINGS', 'check_settings']
 
 DIMENSION = Whole(1, 1024)
+
+
+class MaskName(Kind):
+    """A registered mask; or a mapping with its type, its own settings within the ranges of the pp_ options."""
+
+    words = 'the name of a registered mask, or a mapping with its type and settings'
+
+    def read(self, value, where):
+        own = dict(value) if isinstance(value, Mapping) else {'type': value}
+        if own.get('type') not in list_masks():
+            raise ValueError(f'registered are {", ".join(list_masks())}')
+        for key, setting in own.items():
+            kind, optional = SETTINGS.get(f'pp_{key}', (None, False))
+            if kind is not None and not (optional and setting is None):
+                own[key] = kind(setting, f'{where} → {key}')
+        return own if isinstance(value, Mapping) else value
+
 
 # by name of the constructor's argument; a kind and whether ~ is a value, too
 SETTINGS: dict[str, tuple[Kind, bool]] = {
@@ -36,6 +54,7 @@ SETTINGS: dict[str, tuple[Kind, bool]] = {
     'pp_shift': (Whole(0, 1024), True),
     'pp_fuse': (Truth(), False),
     'pp_compensation': (Choice('value', 'bypass', 'zero'), False),
+    'pp_mask': (MaskName(), False),
     'camixer_ratio': (Number(0, 1), False),
 }
 

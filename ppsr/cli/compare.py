@@ -23,6 +23,8 @@ def configure(parser) -> None:
 
 
 def run(args) -> int:
+    from ppsr.archs.build import title_of
+    from ppsr.archs.masked import mask_module
     from ppsr.errors import UserError
     from ppsr.images import as_rgb, format_of, read_picture, write_file
     from ppsr.pictures.compare import compare, table
@@ -41,10 +43,10 @@ def run(args) -> int:
             raise UserError(f'--crop {x} {y} {width} {height} is not inside the input ({lq.shape[1]}×{lq.shape[0]}).')
 
     upscaler = make_upscaler(args)
-    name = {'PPATDLight': 'PP-ATD-light', 'ATDLight': 'ATD-light'}.get(type(upscaler.net).__name__, 'Network')
+    name, mask = title_of(upscaler.net), mask_module(upscaler.net)
     upscalers = {name: upscaler}
     if args.dense:
-        if args.no_pure_pass or not hasattr(upscaler.net, 'pure_pass'):
+        if args.no_pure_pass or mask is None:
             raise UserError('--dense compares with a network that runs Pure-Pass; this one exempts nothing.')
         args.no_pure_pass = True
         upscalers[f'{name}, dense'] = make_upscaler(args)
@@ -52,12 +54,11 @@ def run(args) -> int:
     print(table(results))
 
     bicubic, ours = results[:2]
-    centers = getattr(getattr(upscaler.net, 'pure_pass', None), 'num_centers', 8)
     if gt is not None:
         gt = gt[: ours.image.shape[0], : ours.image.shape[1]]
     details = {'bicubic': bicubic.detail, 'sr': ours.detail}
     pictures = comparison(
-        lq, bicubic.image, ours.image, ours.stats.mask, centers, gt, name, details, args.crop and tuple(args.crop)
+        lq, bicubic.image, ours.image, ours.stats.mask, mask, gt, name, details, args.crop and tuple(args.crop)
     )
     write_file(output, panels(pictures, f'{Path(args.input).name}, ×{upscaler.scale}'))
     print(f'{output} written.')

@@ -44,7 +44,7 @@ def run(args) -> int:
                 continue
             rgb = as_rgb(read_picture(open_source(job.source)).pixels)
             pure = network_mask(rgb, pure_pass)
-            overlay = mask_overlay(rgb, pure, args.num_centers)
+            overlay = mask_overlay(rgb, pure, pure_pass)
             shape = (args.zoom * overlay.shape[0], args.zoom * overlay.shape[1], 3)
             rows = (enlarge_nearest(row[None], args.zoom) for row in overlay)  # never all of it in memory
             with atomic_file(job.target) as file:

@@ -15,7 +15,9 @@ import colorsys
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from ppsr.masks.base import PixelMask, register_mask
 
 __all__ = ['PurePass', 'classify_pixels', 'color_centers', 'pure_mask', 'window_mask']
 
@@ -133,8 +135,9 @@ def pure_mask(lq: Tensor, num_centers: int = 8, window_size: int = 5, shift: int
     return mask
 
 
-class PurePass(nn.Module):
-    """The mask as a module without parameters: finds the pure pixels of LQ images.
+@register_mask('colour')
+class PurePass(PixelMask):
+    """The mask of the paper as a module without parameters: finds the pure pixels of LQ images.
 
     Args:
         num_centers: K, number of colour centres.
@@ -170,9 +173,18 @@ class PurePass(nn.Module):
         self.window_size = window_size
         self.shift = window_size // 2 if shift is None else shift
         self.fuse = fuse
+        self.period = window_size
 
     def forward(self, lq: Tensor) -> Tensor:
         return pure_mask(lq, self.num_centers, self.window_size, self.shift, self.fuse)
+
+    def macs(self, height: int, width: int) -> int:
+        return height * width * 3 * self.num_centers
+
+    def tint(self, lq: Tensor) -> Tensor:
+        """The colour of the centre that a pixel is nearest to."""
+        centers = color_centers(self.num_centers).to(lq)
+        return centers[classify_pixels(lq, self.num_centers)].permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         return f'num_centers={self.num_centers}, window_size={self.window_size}, shift={self.shift}, fuse={self.fuse}'

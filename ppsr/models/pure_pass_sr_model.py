@@ -19,6 +19,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
+from ppsr.archs.masked import HasAuxiliaryLosses, as_masked
 from ppsr.atomic import atomic_path
 from ppsr.errors import UserError
 from ppsr.registry import register
@@ -55,7 +56,7 @@ class PurePassSRModel(SRModel):
     - checkpoints written atomically, with all that a resumed training needs to go on as if it had not been interrupted
       (:mod:`ppsr.training.checkpoints`); ``logger.keep_last`` of them are kept.
 
-    Networks of other packages work; they have no statistics unless they offer ``macs``.
+    Networks of other packages work; they have no statistics unless they are a :class:`ppsr.archs.MaskedNetwork`.
     """
 
     def __init__(self, opt: dict):
@@ -65,8 +66,8 @@ class PurePassSRModel(SRModel):
         self.stop_requested = lambda: False  # the training loop's; a validation ends early when it says so
         with _as_user_error('the model cannot be built from these options'):
             super().__init__(opt)
-        net = self.get_bare_model(self.net_g)
-        if hasattr(net, 'macs') and opt['rank'] == 0:
+        net = as_masked(self.get_bare_model(self.net_g))
+        if net is not None and opt['rank'] == 0:
             h, w = (side // opt['scale'] for side in STATIC_OUTPUT)
             parameters = sum(p.numel() for p in net.parameters())
             get_root_logger().info(
@@ -192,8 +193,10 @@ class PurePassSRModel(SRModel):
             perceptual, style = self.cri_perceptual(self.output, self.gt)
             losses.update({n: v for n, v in (('l_percep', perceptual), ('l_style', style)) if v is not None})
         net = self.get_bare_model(self.net_g)
-        if hasattr(net, 'auxiliary_losses'):
-            weights = self.opt['train'].get('auxiliary_weights') or getattr(net, 'auxiliary_weights', {})
+        if isinstance(net, HasAuxiliaryLosses):
+            contract = as_masked(net)
+            own = {} if contract is None else contract.auxiliary_weights
+            weights = self.opt['train'].get('auxiliary_weights') or own
             for name, loss in net.auxiliary_losses().items():
                 losses[f'l_{name}'] = loss * weights.get(name, 1.0)
         return losses
@@ -308,8 +311,8 @@ class PurePassSRModel(SRModel):
             keys = ['images', *metrics, *STATISTICS]
             total = torch.tensor([sums.get(key, 0.0) for key in keys], dtype=torch.float64, device=self.device)
             torch.distributed.all_reduce(total)
-            net = self.get_bare_model(self.net_g)
-            sums = {k: v for k, v in zip(keys, total.tolist()) if k not in STATISTICS or hasattr(net, 'macs')}
+            counted = as_masked(self.get_bare_model(self.net_g)) is not None
+            sums = {k: v for k, v in zip(keys, total.tolist()) if k not in STATISTICS or counted}
         if sums.pop('images') < len(dataset):
             get_root_logger().info(f'Validation {name} was stopped on the way.')
             return

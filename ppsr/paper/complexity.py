@@ -10,25 +10,23 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
-from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from ppsr.archs.atd_light_arch import mirror_pad
+from ppsr.archs import MaskedNetwork
+from ppsr.archs.build import build_masked
 from ppsr.errors import UserError
 from ppsr.paper.report import Table
-from ppsr.training.options import check_network, read_yaml
+from ppsr.training.options import read_yaml
 
 __all__ = [
     'ImageCost',
     'as_dict',
     'build_from_options',
-    'build_network',
     'count_parameters',
     'dense_macs',
     'dynamic_table',
     'image_cost',
     'largest_saving',
-    'mask_of',
     'spread',
     'static_size',
     'static_table',
@@ -38,25 +36,8 @@ __all__ = [
 STATIC_OUTPUT = (720, 1280)
 
 
-def build_network(network: dict, where: str = 'network_g') -> nn.Module:
-    """A network from its entry in an options file (type and arguments), in eval mode, with random weights.
-
-    Raises:
-        UserError: a type or an argument that does not exist, or a value that is not supported.
-    """
-    check_network(network, where)
-    arguments = {name: value for name, value in network.items() if name != 'type'}
-    try:
-        net = ARCH_REGISTRY.get(network['type'])(**arguments).eval()
-    except (ValueError, TypeError) as e:
-        raise UserError(f'{where}: {network["type"]} cannot be built: {e}') from e
-    if not hasattr(net, 'macs'):
-        raise UserError(f'{where}: {network["type"]} does not count its multiply-adds (it has no method macs).')
-    return net
-
-
-def build_from_options(path: str | Path) -> nn.Module:
-    """The network of an options file (:func:`build_network`); nothing else in the file is looked at.
+def build_from_options(path: str | Path) -> MaskedNetwork:
+    """The network of an options file (:func:`ppsr.archs.build.build_masked`); nothing else in the file is looked at.
 
     Raises:
         UserError: the file cannot be read or names no network.
@@ -64,7 +45,7 @@ def build_from_options(path: str | Path) -> nn.Module:
     network = read_yaml(path).get('network_g')
     if not isinstance(network, dict):
         raise UserError(f'options file {path} lacks network_g.')
-    return build_network(network, f'options file {path}: network_g')
+    return build_masked(network, f'options file {path}: network_g')
 
 
 def count_parameters(net: nn.Module) -> int:
@@ -76,25 +57,19 @@ def static_size(scale: int) -> tuple[int, int]:
     return STATIC_OUTPUT[0] // scale, STATIC_OUTPUT[1] // scale
 
 
-def dense_macs(net: nn.Module, height: int, width: int) -> int:
+def dense_macs(net: MaskedNetwork, height: int, width: int) -> int:
     """Multiply-adds of one image without Pure-Pass: no token exempt, no mask computed."""
     return sum(net.macs(height, width).values())
 
 
-def mask_of(net: nn.Module, lq: Tensor) -> Tensor | None:
-    """The mask (B, H', W') that the network uses for images (B, 3, H, W), or None; no forward pass is needed."""
-    return net.pure_mask(mirror_pad(lq, net.window_size))
-
-
-def uniform_macs(net: nn.Module, height: int, width: int, pure: bool) -> dict[str, int]:
+def uniform_macs(net: MaskedNetwork, height: int, width: int, pure: bool) -> dict[str, int]:
     """Multiply-adds by part, the mask's own included, when no pixel or every pixel is pure: the two ends."""
-    if mask_of(net, torch.zeros(1, 3, 1, 1)) is None:
+    if net.pure_pass is None:
         return net.macs(height, width)
-    padded = (-(-side // net.window_size) * net.window_size for side in (height, width))
-    return net.macs(height, width, torch.full((1, *padded), pure))
+    return net.macs(height, width, torch.full((1, *net.padded_size(height, width)), pure))
 
 
-def largest_saving(net: nn.Module, height: int, width: int) -> float:
+def largest_saving(net: MaskedNetwork, height: int, width: int) -> float:
     """Share of the dense multiply-adds that is saved when every pixel is pure, in [0, 1]: the bound."""
     return 1 - sum(uniform_macs(net, height, width, True).values()) / dense_macs(net, height, width)
 
@@ -129,10 +104,10 @@ class ImageCost:
         return 1 - self.total / self.dense
 
 
-def image_cost(net: nn.Module, lq: Tensor, name: str = '') -> ImageCost:
+def image_cost(net: MaskedNetwork, lq: Tensor, name: str = '') -> ImageCost:
     """Cost of one image (1, 3, H, W) with the mask that the network really uses for it."""
     h, w = lq.shape[-2:]
-    mask = mask_of(net, lq)
+    mask = net.mask_of(lq)
     pure, exempt = (0.0, 0.0) if mask is None else (m.double().mean().item() for m in (mask[..., :h, :w], mask))
     return ImageCost(name, (h, w), pure, exempt, net.macs(h, w, mask), dense_macs(net, h, w))
 
@@ -143,7 +118,7 @@ def spread(values: Iterable[float]) -> dict[str, float]:
     return {'mean': mean(values), 'min': min(values), 'median': median(values), 'max': max(values)}
 
 
-def static_table(net: nn.Module, height: int, width: int) -> Table:
+def static_table(net: MaskedNetwork, height: int, width: int) -> Table:
     """GMACs by part for an image of height × width LQ pixels, when no pixel and when every pixel is pure."""
     none, every = (uniform_macs(net, height, width, pure) for pure in (False, True))
     total, scale = sum(none.values()), net.upscale
@@ -181,7 +156,7 @@ def dynamic_table(name: str, costs: list[ImageCost]) -> Table:
     )
 
 
-def as_dict(net: nn.Module, height: int, width: int, costs: dict[str, list[ImageCost]]) -> dict:
+def as_dict(net: MaskedNetwork, height: int, width: int, costs: dict[str, list[ImageCost]]) -> dict:
     """All of it for a program: exact multiply-adds, shares in [0, 1]."""
     parts = uniform_macs(net, height, width, False)
     return {

@@ -13,27 +13,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
+from ppsr.archs.build import build_masked
 from ppsr.data.benchmark import read_pair
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.data.layout import Source
 from ppsr.errors import UserError
 from ppsr.images import to_image, to_tensor
 from ppsr.metrics import SSIM_WINDOW, psnr_ssim
-from ppsr.paper.complexity import build_network, image_cost
+from ppsr.paper.complexity import image_cost
 from ppsr.weights import load_into, read_checkpoint
 
 __all__ = [
-    'CONTROLS',
     'Cache',
     'Method',
-    'SameShareMask',
     'evaluate',
     'file_hash',
-    'local_variance',
     'measure',
     'quality',
 ]
@@ -94,46 +91,6 @@ def file_hash(path: str | Path) -> str:
     return _file_hash(path, status.st_size, status.st_mtime_ns)
 
 
-def local_variance(lq: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, H, W): variance in the 5×5 neighbourhood, summed over the channels; edges are repeated."""
-    x = F.pad(lq.double(), (2, 2, 2, 2), mode='replicate')
-    mean, mean_square = F.avg_pool2d(x, 5, 1), F.avg_pool2d(x * x, 5, 1)
-    return (mean_square - mean * mean).clamp(min=0).sum(1)
-
-
-def _chance(lq: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, H, W): random numbers that depend on the size of the images only."""
-    return torch.rand(lq.shape[0], *lq.shape[2:], generator=torch.Generator().manual_seed(0)).to(lq.device)
-
-
-CONTROLS = {'variance': local_variance, 'random': _chance}
-
-
-class SameShareMask(nn.Module):
-    """A control: of each image exactly as many pixels as Pure-Pass finds, but others: those with the lowest score.
-
-    Stands in the place of a network's PurePass.
-
-    Args:
-        pure_pass: says how many.
-        score: (B, 3, H, W) -> (B, H, W); ties go to the first pixel.
-    """
-
-    def __init__(self, pure_pass: nn.Module, score):
-        super().__init__()
-        self.pure_pass, self.score = pure_pass, score
-
-    @property
-    def num_centers(self) -> int:  # what the mask costs is counted as for Pure-Pass, for a comparison at equal cost
-        return self.pure_pass.num_centers
-
-    def forward(self, lq: Tensor) -> Tensor:
-        counts = self.pure_pass(lq).flatten(1).sum(1)
-        score = self.score(lq)
-        place = score.flatten(1).argsort(dim=1, stable=True).argsort(dim=1)
-        return (place < counts[:, None]).view_as(score)
-
-
 @dataclass(frozen=True)
 class Method:
     """Something that enlarges images: bicubic, or a network with or without weights.
@@ -143,7 +100,8 @@ class Method:
         scale: of the enlargement.
         network: type and arguments as in an options file; None is bicubic.
         weights: file with its weights; None: parameters and multiply-adds can be told, quality cannot.
-        control: name in :data:`CONTROLS` of a mask that takes the place of Pure-Pass.
+        control: score (:data:`ppsr.masks.controls.SCORES`) of a mask of the same share that takes the place of the
+            network's own.
         about: anything worth a column.
     """
 
@@ -158,11 +116,13 @@ class Method:
         """The network, with its weights where there are some, in eval mode; None for bicubic."""
         if self.network is None:
             return None
-        net = build_network(self.network, self.label)
+        network = self.network
+        if self.control:
+            same_share = {'type': 'same_share', 'score': self.control, 'of': network.get('pp_mask', 'colour')}
+            network = network | {'pp_mask': same_share}
+        net = build_masked(network, self.label)
         if self.weights is not None:
             load_into(net, read_checkpoint(self.weights))
-        if self.control:
-            net.pure_pass = SameShareMask(net.pure_pass, CONTROLS[self.control])
         return net
 
     def key(self, image: Path) -> str:

@@ -17,12 +17,13 @@ from basicsr.models import build_model
 from basicsr.utils import set_random_seed
 from tqdm import tqdm
 
+from ppsr.archs.build import build_masked
 from ppsr.atomic import atomic_path
 from ppsr.data.benchmark import find_images, read_pair
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.errors import UserError
 from ppsr.images import to_tensor
-from ppsr.paper.complexity import build_network, count_parameters
+from ppsr.paper.complexity import count_parameters
 from ppsr.paper.measure import Cache, evaluate, file_hash, quality
 from ppsr.paper.report import Table
 from ppsr.schema import (
@@ -98,7 +99,7 @@ def load_study(path: str | Path) -> dict:
         if own.get('upscale', opt['scale']) != opt['scale']:
             raise UserError(f'{place} → upscale is {show(own["upscale"])} but the scale of the study {opt["scale"]}.')
         opt['networks'][label] = opt['common'] | own | {'upscale': opt['scale']}
-        build_network(opt['networks'][label], place)
+        build_masked(opt['networks'][label], place)
     return opt
 
 

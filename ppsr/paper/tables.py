@@ -11,6 +11,8 @@ from statistics import mean, stdev
 import torch
 from tqdm import tqdm
 
+from ppsr.archs import ATDLight, CAMixerATDLight, PPATDLight
+from ppsr.archs.build import build_masked, dense_variant
 from ppsr.atomic import atomic_path
 from ppsr.data.benchmark import BENCHMARKS, find_images, read_lq
 from ppsr.data.layout import Source
@@ -34,8 +36,8 @@ __all__ = [
 ]
 
 NOT_AVAILABLE, NO_WEIGHTS, NO_DATA = 'not available', 'no weights', 'no data'
-BICUBIC, DENSE, CAMIXER, PURE_PASS = 'bicubic', 'ATD-light', 'CAMixer-ATD-light', 'PP-ATD-light'
-RIVALS = {DENSE: 'ATDLight', CAMIXER: 'CAMixerATDLight', PURE_PASS: 'PPATDLight'}
+BICUBIC, DENSE, PURE_PASS = 'bicubic', ATDLight.title, PPATDLight.title
+RIVALS = {cls.title: cls.__name__ for cls in (ATDLight, CAMixerATDLight, PPATDLight)}
 # K and w of the heat map
 GRID_CENTERS, GRID_WINDOWS = (2, 4, 6, 8, 12, 16, 32), (2, 3, 4, 5, 6, 8, 12, 16)
 # ablations: what is changed of the default, one thing at a time
@@ -89,7 +91,7 @@ def methods_of(scale: int, weights: Sequence[str | Path], options: Sequence[Path
 
 
 def _first_fitting(network: dict, weights: Sequence[Path]) -> Path | None:
-    net = complexity.build_network(network)
+    net = build_masked(network)
     fitting, of_its_type = [], []
     for path in weights:
         checkpoint = read_checkpoint(resolve(path))
@@ -111,9 +113,12 @@ def ablation_methods(base: Method) -> list[Method]:
 
 def control_methods(base: Method) -> list[Method]:
     """The dense network, the default, and each control, all on the weights of `base` (PP-ATD-light)."""
-    dense = {name: value for name, value in base.network.items() if not name.startswith('pp_')} | {'type': 'ATDLight'}
     controls = [replace(base, label=label, control=control) for label, control in CONTROLS.items()]
-    return [replace(base, label='dense', network=dense), replace(base, label='default'), *controls]
+    return [
+        replace(base, label='dense', network=dense_variant(base.network)),
+        replace(base, label='default'),
+        *controls,
+    ]
 
 
 def _families() -> dict[str, list[str]]:
@@ -165,7 +170,7 @@ def benchmark_table(scale: int, methods: Sequence[Method], records: Records) -> 
     rows = []
     networks = {method.label: method.build() for method in methods if method.network is not None}
     parameters = {label: complexity.count_parameters(net) for label, net in networks.items()}
-    masked = [label for label, net in networks.items() if hasattr(net, 'pure_pass')]
+    masked = [label for label, net in networks.items() if net.pure_pass is not None]
     for name in [*BENCHMARKS, *(sorted({name for _, name in records} - {*BENCHMARKS}))]:
         of_dense = _mean(records.get((DENSE, name), []), 'macs')
         for method in methods:

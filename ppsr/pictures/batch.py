@@ -13,9 +13,9 @@ from typing import BinaryIO
 from PIL import Image
 from tqdm import tqdm
 
+from ppsr.archs.masked import mask_module
 from ppsr.errors import UserError
 from ppsr.images import FORMATS, IMAGE_SUFFIXES, Picture, read_size, write_file
-from ppsr.masks.pure_pass import PurePass
 from ppsr.pictures.upscaler import Stats, Upscaler
 
 __all__ = ['EXTENSIONS', 'STREAM', 'Job', 'Plan', 'Summary', 'exists', 'open_source', 'plan_jobs', 'run_jobs']
@@ -432,8 +432,7 @@ def _run_job(upscaler: Upscaler, job: Job, quality: int, overwrite: bool, bar: '
 def _save_mask(upscaler: Upscaler, picture: Picture, mask, path: Path) -> None:
     from ppsr.pictures.visualize import mask_overlay  # brings matplotlib, which nobody else here needs
 
-    pure_pass = getattr(upscaler.net, 'pure_pass', PurePass())
-    write_file(path, mask_overlay(picture.pixels, mask, pure_pass.num_centers))
+    write_file(path, mask_overlay(picture.pixels, mask, mask_module(upscaler.net)))
 
 
 class _Bar:

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ppsr.archs.atd_light_arch import mirror_pad
+from ppsr.archs.masked import as_masked, mask_module
 from ppsr.device import DTYPES, no_default_device, resolve_device, resolve_dtype
 from ppsr.errors import UserError
 from ppsr.images import (
@@ -178,7 +178,7 @@ class Upscaler:
         Args:
             path_or_name: a weights file, or a name of `ppsr.weights.PRETRAINED`; None = the weights that ship with
                 the package (×4).
-            arch: 'PPATDLight' runs a plain ATD-light checkpoint with Pure-Pass; None = as the file says.
+            arch: PPATDLight runs a plain ATD-light checkpoint with Pure-Pass; None = as the file says.
             pure_pass: False runs the network with nothing exempted.
             device, **options: as for the class.
 
@@ -310,7 +310,7 @@ class Upscaler:
     @property
     def has_mask(self) -> bool:
         """Whether the network exempts pixels."""
-        return hasattr(self.net, 'pure_pass')
+        return mask_module(self.net) is not None
 
     def mask(self, pixels: np.ndarray) -> np.ndarray | None:
         """The mask that enlarging this picture uses, tile for tile, without enlarging it.
@@ -334,7 +334,7 @@ class Upscaler:
         return mask[0].numpy()
 
     def _mask_of(self, lq: Tensor) -> Tensor:
-        return self.net.pure_pass(mirror_pad(lq, self.net.window_size))
+        return as_masked(self.net).mask_of(lq)
 
     # ------------------------------------------------------------------------------------------------- the work
 

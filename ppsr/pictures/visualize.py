@@ -10,21 +10,21 @@ from matplotlib.figure import Figure
 
 from ppsr.errors import UserError
 from ppsr.images import LUMA, as_rgb, to_tensor
-from ppsr.masks.pure_pass import classify_pixels, color_centers
+from ppsr.masks import PixelMask, PurePass
 
 __all__ = ['Panel', 'comparison', 'difference', 'enlarge_nearest', 'mask_overlay', 'network_mask', 'panels']
 
 CJK_FONTS = ('Noto Sans CJK JP', 'Noto Sans CJK SC', 'Source Han Sans', 'WenQuanYi Zen Hei', 'IPAexGothic', 'MS Gothic')
-TINT = 0.55  # share of the centre's colour in a pure pixel
+TINT = 0.55  # share of the mask's colour in a pure pixel
 BAND_ROWS = 256  # labels are computed in float64 for K centres at once: a band at a time
 
 
-def network_mask(rgb: np.ndarray, pure_pass, window_size: int = 16) -> np.ndarray:
+def network_mask(rgb: np.ndarray, mask: PixelMask, window_size: int = 16) -> np.ndarray:
     """The mask that a network uses for an image, which it pads to whole attention windows first.
 
     Args:
         rgb: (H, W, 3) uint8.
-        pure_pass: a :class:`ppsr.PurePass`.
+        mask: that of the network.
         window_size: of the network's window attention.
 
     Returns:
@@ -33,23 +33,23 @@ def network_mask(rgb: np.ndarray, pure_pass, window_size: int = 16) -> np.ndarra
     height, width = rgb.shape[:2]
     rgb = np.pad(rgb, ((0, -height % window_size), (0, -width % window_size), (0, 0)), mode='symmetric')
     pure = np.empty(rgb.shape[:2], bool)
-    w = pure_pass.window_size
+    w = mask.period or len(rgb)
     step = max(BAND_ROWS // w, 1) * w
     for top in range(0, len(rgb), step):
         # one more row of windows on either side: there the grids are cut where those of the whole image are not
         first = max(0, top - w)
-        band = pure_pass(to_tensor(rgb[first : top + step + w]))[0].numpy()
+        band = mask(to_tensor(rgb[first : top + step + w]))[0].numpy()
         pure[top : top + step] = band[top - first :][:step]
     return pure[:height, :width]
 
 
-def mask_overlay(pixels: np.ndarray, pure: np.ndarray, num_centers: int = 8) -> np.ndarray:
-    """The image with its pure pixels in the colour of their label's centre; the others gray and darker.
+def mask_overlay(pixels: np.ndarray, pure: np.ndarray, mask: PixelMask | None = None) -> np.ndarray:
+    """The image with its pure pixels tinted as the mask says (:meth:`PixelMask.tint`); the others gray and darker.
 
     Args:
         pixels: (H, W, C) uint8 or uint16, C = 1 to 4.
         pure: (H, W) bool.
-        num_centers: K of the mask.
+        mask: that found them; None: the paper's.
 
     Returns:
         (H, W, 3) uint8.
@@ -59,15 +59,15 @@ def mask_overlay(pixels: np.ndarray, pure: np.ndarray, num_centers: int = 8) -> 
     """
     if pixels.shape[:2] != pure.shape:
         raise UserError(f'The mask is {pure.shape}, the image {pixels.shape[:2]}.')
-    centers = color_centers(num_centers).numpy().astype(np.float32) * 255
+    mask = PurePass() if mask is None else mask
     result = np.empty((*pure.shape, 3), np.uint8)
     for top in range(0, pure.shape[0], BAND_ROWS):
         rows = slice(top, top + BAND_ROWS)
         rgb = as_rgb(pixels[rows])
         gray = rgb.astype(np.float32) @ LUMA
-        labels = classify_pixels(to_tensor(rgb), num_centers)[0].numpy()
+        tint = mask.tint(to_tensor(rgb))[0].permute(1, 2, 0).numpy() * 255
         # the tint keeps the brightness of the image, so that its shapes stay recognisable
-        tinted = (1 - TINT) * gray[..., None] + TINT * centers[labels]
+        tinted = (1 - TINT) * gray[..., None] + TINT * tint
         result[rows] = np.rint(np.where(pure[rows, :, None], tinted, 0.6 * gray[..., None]))
     return result
 
@@ -102,7 +102,7 @@ def comparison(
     bicubic: np.ndarray,
     sr: np.ndarray,
     pure: np.ndarray | None,
-    num_centers: int = 8,
+    mask: PixelMask | None = None,
     gt: np.ndarray | None = None,
     name: str = 'PP-ATD-light',
     details: dict[str, str] | None = None,
@@ -114,7 +114,7 @@ def comparison(
         lq: (h, w, 3) uint8.
         bicubic, sr, gt: (s·h, s·w, 3) uint8.
         pure: (h, w) bool, or None: no mask panel.
-        num_centers: K of the mask.
+        mask: that found them; None: the paper's.
         name: of the network.
         details: second lines by panel: 'bicubic', 'sr'.
         crop: (x, y, width, height) in input pixels; shows this part only. Figures in `details` stay what they are.
@@ -130,7 +130,7 @@ def comparison(
     if gt is not None:
         result.insert(3, Panel(gt, 'Ground truth', f'{gt.shape[1]}×{gt.shape[0]} pixels'))
     if pure is not None:
-        overlay = enlarge_nearest(mask_overlay(lq, pure, num_centers), scale)
+        overlay = enlarge_nearest(mask_overlay(lq, pure, mask), scale)
         result.append(Panel(overlay, 'Pure pixels', f'{pure.mean():.1%} of the input, tinted by label'))
     if crop is None:
         return result

@@ -6,7 +6,6 @@ hour later. What there is to set is declared in :mod:`ppsr.training.schema`; how
 """
 
 import importlib.util
-import inspect
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +16,12 @@ import yaml
 from basicsr.models.base_model import BaseModel
 from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
 
-from ppsr.archs.settings import check_settings
+from ppsr.archs.build import check_network, network_arguments
 from ppsr.errors import UserError
-from ppsr.schema import check, nearest, show
+from ppsr.schema import check, show
 from ppsr.training import schema
 
-__all__ = ['check_network', 'load_options', 'network_arguments', 'read_yaml']
+__all__ = ['load_options', 'read_yaml']
 
 MAX_ENTRIES = 100_000  # far more than any options file has
 MAX_SIZE = 1_000_000  # characters; /dev/zero has more
@@ -115,41 +114,6 @@ def _check_tree(opt: dict, where: str) -> None:
             waiting.extend(node.values())
         elif isinstance(node, (list, tuple, set)):
             waiting.extend(node)
-
-
-def network_arguments(cls: type) -> dict[str, inspect.Parameter]:
-    """Constructor arguments of a network by name, those that ``**kwargs`` hands on to its base classes included."""
-    arguments = {}
-    for base in cls.__mro__:
-        if '__init__' not in vars(base):
-            continue
-        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
-        for p in parameters:
-            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
-                arguments.setdefault(p.name, p)
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return arguments
-
-
-def check_network(network: dict, where: str = 'network_g') -> None:
-    """Refuse a network type that is not registered, arguments that it does not take, and, of ours, their values.
-
-    Raises:
-        UserError: naming the key and what there is instead.
-    """
-    kind = network.get('type')
-    cls = schema.registered(ARCH_REGISTRY, kind)
-    if cls is None:
-        ours = [name for name, cls in ARCH_REGISTRY if cls.__module__.startswith('ppsr.')]
-        raise UserError(f'{where}: type: {show(kind)} is not a registered arch; those of ppsr are {", ".join(ours)}.')
-    arguments = network_arguments(cls)
-    for key in network:
-        if key != 'type' and key not in arguments:
-            hint = nearest(key, arguments)
-            raise UserError(f'{where}: {kind} takes no option {key!r}{hint}; it takes {", ".join(arguments)}.')
-    if cls.__module__.startswith('ppsr.'):
-        check_settings(network, where)
 
 
 def _force(opt: dict, entries: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from basicsr.archs.vgg_arch import NAMES as VGG
 from basicsr.utils.registry import DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY
 
 from ppsr.errors import UserError
+from ppsr.registry import registered
 from ppsr.schema import (
     Choice,
     Each,
@@ -61,13 +62,6 @@ LARGE = 1_000_000
 MAX_SEED = 2**31 - 1  # each process adds its rank, and numpy takes 32 bits
 Step = Whole(1, ITERATIONS)
 Weight = Number(0, LARGE)
-
-
-def registered(registry, name: Any):
-    """What basicsr's `registry` finds under a name, with its suffix for what basicsr brings itself, or None."""
-    if not isinstance(name, str):
-        return None
-    return registry._obj_map.get(name) or registry._obj_map.get(f'{name}_basicsr')
 
 
 def is_basicsr(thing: Any) -> bool:

@@ -8,7 +8,7 @@ from flop_counter import flop_counter
 from support import REPOSITORY, TINY
 
 from ppsr.archs import ATDLight, PPATDLight
-from ppsr.archs.atd_light_arch import mirror_pad
+from ppsr.archs.masked import mirror_pad
 from ppsr.ops import use_backend
 
 GOLDEN = REPOSITORY / 'tests' / 'golden'

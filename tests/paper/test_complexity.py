@@ -91,7 +91,7 @@ def test_mask_without_a_forward_pass_is_the_one_used(tiny):
     net, x = PPATDLight(**tiny).eval(), half_flat(21, 27)
     with torch.no_grad():
         _, used = net(x, return_mask=True)
-    assert torch.equal(complexity.mask_of(net, x), used)
+    assert torch.equal(net.mask_of(x), used)
 
 
 def test_cost_of_an_image(tiny):

@@ -13,6 +13,7 @@ from ppsr.cli import main
 from ppsr.data.benchmark import find_images
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.errors import UserError
+from ppsr.masks.controls import SCORES, local_variance
 from ppsr.paper import measure, published, tables
 from ppsr.paper.report import Table
 from ppsr.weights import save_checkpoint
@@ -30,12 +31,12 @@ def reduced(monkeypatch):
 
     def small(scale, weights, options=()):
         networks = {'ATDLight': TINY_NETWORK, 'CAMixerATDLight': TINY_NETWORK, 'PPATDLight': TINY_NETWORK}
-        monkeypatch.setattr(tables.complexity, 'build_network', lambda n, w='': original(networks[n['type']] | n, w))
+        monkeypatch.setattr(tables, 'build_masked', lambda n, w='': original(networks[n['type']] | n, w))
         return methods_of(scale, weights, options)
 
-    original = tables.complexity.build_network
+    original = tables.build_masked
     monkeypatch.setattr(tables, 'methods_of', small)
-    monkeypatch.setattr(measure, 'build_network', lambda n, w='': original(TINY_NETWORK | n, w))
+    monkeypatch.setattr(measure, 'build_masked', lambda n, w='': original(TINY_NETWORK | n, w))
 
 
 @pytest.fixture
@@ -105,13 +106,12 @@ def test_a_measured_image_is_not_computed_again(data, weights, tmp_path, monkeyp
 # ---------------------------------------------------------------- controls and records
 
 
-@pytest.mark.parametrize('control', list(measure.CONTROLS))
+@pytest.mark.parametrize('control', list(SCORES))
 def test_controls_skip_as_many_pixels_of_each_image(control):
     lq = torch.rand(2, 3, 20, 20)
     lq[0, :, :, :12] = 0.4
-    net = PPATDLight(upscale=2, **TINY_NETWORK)
-    pure = net.pure_mask(lq)
-    other = measure.SameShareMask(net.pure_pass, measure.CONTROLS[control])(lq)
+    base = {'type': 'PPATDLight', 'upscale': 2, 'pp_num_centers': 6}
+    pure, other = (measure.Method('', 2, base, None, c).build().pure_mask(lq) for c in ('', control))
     assert torch.equal(other.flatten(1).sum(1), pure.flatten(1).sum(1))
     assert other.shape == pure.shape and other.dtype == torch.bool
     assert torch.equal(other, pure) is (control == 'variance')  # in this picture the flat pixels are the pure ones
@@ -120,7 +120,7 @@ def test_controls_skip_as_many_pixels_of_each_image(control):
 def test_variance_control_takes_the_flattest_pixels():
     lq = torch.rand(1, 3, 12, 12)
     lq[..., :6] = 0.4
-    score = measure.local_variance(lq)
+    score = local_variance(lq)
     assert (score[..., :4] == 0).all()  # two columns away from the noise the 5×5 neighbourhood is flat
     assert (score[..., 4:] > 0).all()
     whole = lq[0, :, 3:8, 5:10].double()

@@ -10,9 +10,10 @@ import yaml
 from basicsr.archs import build_network
 from support import REPOSITORY
 
+from ppsr.archs.build import network_arguments
 from ppsr.cli import main
 from ppsr.errors import UserError
-from ppsr.training.options import load_options, network_arguments, read_yaml
+from ppsr.training.options import load_options, read_yaml
 
 # study.yml describes several trainings and is read by `ppsr study`
 SHIPPED = sorted(path for path in (REPOSITORY / 'options').rglob('*.yml') if path.name != 'study.yml')

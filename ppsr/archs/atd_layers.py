@@ -1,0 +1,293 @@
+"""What the networks around a token dictionary share: attention branches, ConvFFN, groups, and the frame around them.
+
+Shapes: B images, H×W map, N = H·W tokens, C channels, M dictionary tokens. Tokens stay in (B, H, W, C) order
+throughout; convolutions see the same memory as channels_last. Parameter names are those of the published checkpoints.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ppsr.archs.masked import MaskedNetwork, PurePassSettings, require
+from ppsr.ops.category_attention import attention_macs as category_macs
+from ppsr.ops.category_attention import category_attention
+from ppsr.ops.layers import depthwise_mix, linear_add, norm_linear
+from ppsr.ops.window_attention import attention_macs as window_macs
+from ppsr.ops.window_attention import window_attention
+
+__all__ = [
+    'ATDNetwork',
+    'CategoryAttention',
+    'ConvFFN',
+    'LayerStack',
+    'ResidualGroup',
+    'WindowAttention',
+    'init_weights',
+]
+
+RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K
+MAX_LOGIT_SCALE = math.log(100)
+
+PUBLISHED_BUFFER = 'relative_position_index_SA'
+
+# Multiply-adds of a network by part. One convention everywhere (docs/flops.md): each product of a matrix product or a
+# convolution counts once, the input is padded as the network pads it, every executed operator counts.
+PARTS = ('shallow', 'qkv', 'window', 'dictionary', 'category', 'ffn', 'convolutions', 'upsampler')
+
+
+def init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+class WindowAttention(nn.Module):
+    """SW-MSA: attention inside shifted windows with a learned relative position bias, then a projection."""
+
+    def __init__(self, dim: int, window_size: int, num_heads: int):
+        super().__init__()
+        self.window_size, self.num_heads = window_size, num_heads
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
+        self.proj = nn.Linear(dim, dim)
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def forward(self, qkv: Tensor, shift: int, *add: Tensor) -> Tensor:
+        """qkv (B, H, W, 3C) -> (B, H, W, C), plus what is to be added, up to two maps"""
+        x = window_attention(
+            qkv,
+            self.relative_position_bias_table,
+            num_heads=self.num_heads,
+            window_size=self.window_size,
+            shift=shift,
+        )
+        return linear_add(x, self.proj, *add)
+
+    def macs(self, images: int, tokens: int) -> int:
+        """Multiply-adds for images of so many tokens each."""
+        c = self.proj.in_features
+        return images * (window_macs(tokens, c, self.window_size) + tokens * c * c)
+
+
+class CategoryAttention(nn.Module):
+    """AC-MSA: attention among tokens of like category; pure tokens are exempt (ATD, sec. 3.3; Pure-Pass)."""
+
+    def __init__(self, dim: int, num_heads: int, category_size: int, compensation: str = 'value'):
+        super().__init__()
+        self.num_heads, self.category_size, self.compensation = num_heads, category_size, compensation
+        self.logit_scale = nn.Parameter(torch.full((1, 1), math.log(10)))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, qkv: Tensor, category: Tensor, pure: Tensor | None, *add: Tensor) -> Tensor:
+        """qkv (B, N, 3C), category (B, N), pure (B, N) bool or None -> (B, N, C), plus what is to be added"""
+        x = category_attention(
+            qkv,
+            category,
+            self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp(),
+            num_heads=self.num_heads,
+            category_size=self.category_size,
+            pure=pure,
+            compensation=self.compensation,
+        )
+        if pure is None or self.compensation == 'value':
+            return linear_add(x, self.proj, *add)
+        # 'bypass' and 'zero' skip the projection, too: x already holds what a pure token gets
+        if torch.compiler.is_compiling():  # a number of rows that depends on the data would break the graph
+            x = torch.where(pure[..., None], x, self.proj(x))
+        else:
+            x = x.masked_scatter(~pure[..., None], self.proj(x[~pure]).to(x.dtype))
+        return sum(add, start=x)
+
+    def macs(self, tokens: int, active: list[int]) -> int:
+        """Multiply-adds for so many tokens in all, of which `active` of each image are not exempt."""
+        c = self.proj.in_features
+        projected = tokens if self.compensation == 'value' else sum(active)
+        return category_macs(active, c, self.category_size) + projected * c * c
+
+
+class ConvFFN(nn.Module):
+    """x + W₂(u + GELU(DWConv(u))) with u = GELU(W₁ norm(x)): a feed-forward network that sees its k×k neighbourhood."""
+
+    def __init__(self, dim: int, hidden_dim: int, kernel_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        depthwise = nn.Conv2d(hidden_dim, hidden_dim, kernel_size, padding=kernel_size // 2, groups=hidden_dim)
+        self.dwconv = nn.Module()  # the two levels are in the published parameter names; only the weights are used
+        self.dwconv.depthwise_conv = nn.Sequential(depthwise, nn.GELU())
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)"""
+        (u,) = norm_linear(x, norm, self.fc1, gelu=True)
+        return linear_add(depthwise_mix(u, self.dwconv.depthwise_conv[0]), self.fc2, x)
+
+    def macs(self, tokens: int) -> int:
+        kernel = self.dwconv.depthwise_conv[0].kernel_size[0]
+        return tokens * self.fc1.out_features * (self.fc1.in_features + self.fc2.out_features + kernel**2)
+
+
+class LayerStack(nn.Module):
+    """Layers that hand a dictionary on from one to the next.
+
+    Args:
+        layers: each maps x (B, H, W, C), dictionary, context -> next x, next dictionary, and whatever else it finds.
+        use_checkpoint: recompute each layer in the backward pass.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], use_checkpoint: bool):
+        super().__init__()
+        self.use_checkpoint = use_checkpoint
+        self.layers = nn.ModuleList(layers)
+
+    def run(self, x: Tensor, td: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Next x, and what else the layers found, in order."""
+        found = []
+        for layer in self.layers:
+            if self.use_checkpoint and torch.is_grad_enabled():
+                x, td, *more = checkpoint(layer, x, td, context, use_reentrant=False)
+            else:
+                x, td, *more = layer(x, td, context)
+            found += more
+        return x, found
+
+
+class ResidualGroup(nn.Module):
+    """A group, a 3×3 convolution, and the way around both."""
+
+    def __init__(self, dim: int, group: nn.Module):
+        super().__init__()
+        self.residual_group = group
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Map x (B, H, W, C), context for the layers -> next x, what else the layers found"""
+        y, found = self.residual_group(x, context)
+        return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), found
+
+
+class PatchEmbed(nn.Module):
+    """Only the LayerNorm behind the first convolution; a module because the published parameter names have one."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+def relative_position_index(window_size: int) -> Tensor:
+    """Row of the relative position bias table for each query and key of a window.
+
+    Returns:
+        (S, S) int64 for the S = window_size² tokens of a window: query (y, x) and key (y', x') use the row
+        (y − y' + w − 1)·(2w − 1) + x − x' + w − 1.
+    """
+    line = torch.arange(window_size)
+    y, x = (part.flatten() for part in torch.meshgrid(line, line, indexing='ij'))
+    down, right = (part[:, None] - part[None, :] + window_size - 1 for part in (y, x))
+    return down * (2 * window_size - 1) + right
+
+
+def mlp_ratio_of(hidden: int, dim: int) -> float:
+    """The ratio r with int(dim · r) == hidden: 123 / 60 is 2.05, and 60 · 2.05 is 122.99999999999999."""
+    ratio = hidden / dim
+    while int(dim * ratio) < hidden:
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
+
+
+class ATDNetwork(MaskedNetwork):
+    """The frame: mean, first convolution, LayerNorm, groups, LayerNorm, convolution, pixel shuffle in one step.
+
+    Args:
+        group_fn: group_fn(depth, num_heads) makes the contents of one :class:`ResidualGroup`.
+        pure_pass: None: the network has no mask.
+        **sizes: further sizes that have to be positive, by name.
+
+    The others are those of :class:`ppsr.archs.ATDLight`.
+
+    Raises:
+        ValueError: a value that is not supported, named.
+    """
+
+    def __init__(
+        self,
+        *,
+        upscale: int,
+        in_chans: int,
+        embed_dim: int,
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        window_size: int,
+        convffn_kernel_size: int,
+        img_range: float,
+        upsampler: str,
+        resi_connection: str,
+        group_fn: Callable[[int, int], nn.Module],
+        pure_pass: PurePassSettings | None,
+        **sizes: int,
+    ):
+        require(in_chans == 3, 'in_chans', in_chans, '3 (RGB)')
+        require(img_range == 1, 'img_range', img_range, '1.0 (images in [0, 1])')
+        require(upsampler == 'pixelshuffledirect', 'upsampler', upsampler, "'pixelshuffledirect'")
+        require(resi_connection == '1conv', 'resi_connection', resi_connection, "'1conv'")
+        require(convffn_kernel_size % 2 == 1, 'convffn_kernel_size', convffn_kernel_size, 'an odd number')
+        require(len(depths) == len(num_heads), 'num_heads', num_heads, f'one number for each of depths={list(depths)}')
+        for heads in num_heads:
+            require(heads > 0 and embed_dim % heads == 0, 'num_heads', heads, f'a divisor of embed_dim={embed_dim}')
+        sizes |= dict(upscale=upscale, embed_dim=embed_dim, window_size=window_size)
+        for name, size in sizes.items():
+            require(isinstance(size, int) and size > 0, name, size, 'a positive integer')
+        super().__init__(upscale, window_size, None if pure_pass is None else pure_pass.build_mask())
+        self.window_size = window_size
+        self.register_buffer('mean', torch.tensor(RGB_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.conv_first = nn.Conv2d(3, embed_dim, 3, padding=1)
+        self.patch_embed = PatchEmbed(embed_dim)
+        self.layers = nn.ModuleList(
+            ResidualGroup(embed_dim, group_fn(depth, heads)) for depth, heads in zip(depths, num_heads)
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+        self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1)
+        self.upsample = nn.Sequential(nn.Conv2d(embed_dim, 3 * upscale**2, 3, padding=1), nn.PixelShuffle(upscale))
+        self.apply(init_weights)
+
+    def body(self, y: Tensor, pure: Tensor | None) -> Tensor:
+        """All groups: (B, H', W', C) shallow features, mask of the pure tokens (B, H'·W') or None -> (B, H', W', C)"""
+        for group in self.layers:
+            y, _ = group(y, pure)
+        return y
+
+    def restore(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        mean = self.mean.to(x.dtype)
+        shallow = self.conv_first((x - mean).contiguous(memory_format=torch.channels_last))
+        pure = None if mask is None else mask.flatten(1)
+        y = self.body(self.patch_embed(shallow.permute(0, 2, 3, 1)), pure)
+        y = self.norm(y).permute(0, 3, 1, 2)
+        return self.upsample(shallow + self.conv_after_body(y)) + mean
+
+    def count(self, height: int, width: int, mask: Tensor) -> dict[str, int]:
+        images, tokens, c = mask.shape[0], height * width, self.conv_first.out_channels
+        active = (tokens - mask.flatten(1).sum(1)).tolist()
+        macs = dict.fromkeys(PARTS, 0)
+        macs['shallow'] = images * tokens * 3 * c * 9
+        macs['convolutions'] = images * tokens * c * c * 9 * (len(self.layers) + 1)
+        macs['upsampler'] = images * tokens * c * self.upsample[0].out_channels * 9
+        for group in self.layers:
+            for layer in group.residual_group.layers:
+                for part, count in layer.macs(tokens, active).items():
+                    macs[part] += count
+        return macs
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        # the published code and spandrel keep this table as a buffer and ask for it; here it is not needed to compute
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + PUBLISHED_BUFFER] = relative_position_index(self.window_size)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # it follows from window_size: files with and without it load strictly
+        state_dict.pop(prefix + PUBLISHED_BUFFER, None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,0 +1,60 @@
+"""Controls: masks that exempt exactly as many pixels of each image as another mask, but other pixels."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ppsr.masks.base import PixelMask, build_mask, register_mask
+
+__all__ = ['SCORES', 'SameShare', 'local_variance']
+
+
+def local_variance(lq: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, H, W): variance in the 5×5 neighbourhood, summed over the channels; edges are repeated."""
+    x = F.pad(lq.double(), (2, 2, 2, 2), mode='replicate')
+    mean, mean_square = F.avg_pool2d(x, 5, 1), F.avg_pool2d(x * x, 5, 1)
+    return (mean_square - mean * mean).clamp(min=0).sum(1)
+
+
+def chance(lq: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, H, W): random numbers that depend on the size of the images only."""
+    score = torch.rand(1, *lq.shape[2:], generator=torch.Generator().manual_seed(0))
+    return score.expand(lq.shape[0], -1, -1).to(lq.device)
+
+
+SCORES = {'variance': local_variance, 'random': chance}
+
+
+@register_mask('same_share')
+class SameShare(PixelMask):
+    """Of each image exactly as many pixels as another mask finds, but those with the lowest score.
+
+    Args:
+        score: name in :data:`SCORES`; ties go to the first pixel.
+        of: the mask that says how many, as :func:`ppsr.masks.build_mask` takes it.
+        **settings: of that mask.
+
+    Raises:
+        ValueError: a score or a mask that does not exist.
+    """
+
+    def __init__(self, score: str = 'variance', of: str | Mapping = 'colour', **settings):
+        super().__init__()
+        if score not in SCORES:
+            raise ValueError(f'{score!r} is not a score; those there are {", ".join(SCORES)}.')
+        self.score, self.of = score, build_mask(of, **settings)
+
+    def forward(self, lq: Tensor) -> Tensor:
+        counts = self.of(lq).flatten(1).sum(1)
+        score = SCORES[self.score](lq)
+        place = score.flatten(1).argsort(dim=1, stable=True).argsort(dim=1)
+        return (place < counts[:, None]).view_as(score)
+
+    def macs(self, height: int, width: int) -> int:
+        """As for the other mask, so that networks are compared at equal cost."""
+        return self.of.macs(height, width)
+
+    def extra_repr(self) -> str:
+        return f'score={self.score!r}'
