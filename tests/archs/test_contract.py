@@ -1,0 +1,127 @@
+"""A network and a mask from outside of the package: every command works on them, and nobody else had to change."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from basicsr.utils.registry import ARCH_REGISTRY
+from PIL import Image
+from tiny_training import options, write_options, write_pairs
+from torch import nn
+
+from ppsr.archs import MaskedNetwork
+from ppsr.archs.build import build_network, config_from
+from ppsr.archs.masked import PurePassOptions, as_masked
+from ppsr.cli import main
+from ppsr.errors import UserError
+from ppsr.masks import PixelMask, build_mask, register_mask
+from ppsr.weights import save_checkpoint
+
+
+@register_mask('toy_bright')
+class ToyBright(PixelMask):
+    """Pixels whose green is above a level."""
+
+    period = 1
+
+    def __init__(self, level: float = 0.5):
+        super().__init__()
+        self.level = level
+
+    def forward(self, lq):
+        return lq[:, 1] > self.level
+
+    def macs(self, height, width):
+        return height * width
+
+
+class ToyBase(MaskedNetwork):
+    """Nearest enlargement of a 3×3 convolution; exempt pixels are passed on as they are."""
+
+    def __init__(self, upscale: int = 2, pure_pass=None):
+        super().__init__(upscale, 4, None if pure_pass is None else pure_pass.build_mask())
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def restore(self, x, mask):
+        y = self.conv(x)
+        y = y if mask is None else torch.where(mask[:, None], x, y)
+        return nn.functional.interpolate(y, scale_factor=self.upscale)
+
+    def count(self, height, width, mask):
+        return {'convolution': 81 * (mask.numel() - int(mask.sum()))}
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    class ToyNet(PurePassOptions, ToyBase):
+        title = 'Toy'
+
+        @classmethod
+        def config_from(cls, state_dict):
+            return {'upscale': 2} if set(state_dict) == {'conv.weight', 'conv.bias'} else None
+
+    ARCH_REGISTRY.register(ToyNet)
+    yield {'type': 'ToyNet', 'upscale': 2, 'pp_mask': {'type': 'toy_bright', 'level': 0.4}}
+    del ARCH_REGISTRY._obj_map['ToyNet']
+
+
+@pytest.fixture
+def picture(tmp_path):
+    pixels = np.zeros((9, 13, 3), np.uint8)
+    pixels[:, :6, 1] = 200  # green: 54 of 117 pixels
+    Image.fromarray(pixels).save(tmp_path / 'lq.png')
+    return tmp_path / 'lq.png'
+
+
+def test_train_and_test(tmp_path, monkeypatch, registered):
+    monkeypatch.chdir(tmp_path)
+    write_pairs(tmp_path, 2)
+    opt = options(tmp_path, network_g=registered, train__total_iter=4, val__val_freq=4)
+    write_options(tmp_path, opt)
+    assert main(['train', '-opt', 'options.yml']) == 0
+    log = next((tmp_path / 'experiments' / 'run').glob('train*.log')).read_text()
+    assert 'ToyNet' in log and 'pure_percent' in log and 'gmacs_saved_percent' in log
+
+
+def test_upscale_and_overlay(tmp_path, picture, registered):
+    net = build_network(registered)
+    save_checkpoint(tmp_path / 'toy.safetensors', net.state_dict())
+    out = tmp_path / 'out'
+    command = ['upscale', '-i', str(picture), '-o', str(out), '--model-path', str(tmp_path / 'toy.safetensors')]
+    assert main([*command, '--arch', 'ToyNet', '--device', 'cpu', '--save-mask']) == 0
+    assert Image.open(out / 'lq_out.png').size == (26, 18)
+    config = config_from(net.state_dict())
+    assert config == {'type': 'ToyNet', 'upscale': 2}
+
+
+def test_complexity_counts_the_mask_really_used(tmp_path, picture, registered, capsys):
+    (tmp_path / 'toy.yml').write_text(json.dumps({'network_g': registered}))
+    command = ['complexity', '-opt', str(tmp_path / 'toy.yml'), '--data', str(tmp_path), '--lq', '--format', 'json']
+    assert main(command) == 0
+    (found,) = json.loads(capsys.readouterr().out)['dynamic'].values()
+    # padded to 12×16, mirrored: green in columns 0–5 of all rows
+    assert found['macs']['mean'] == 81 * 12 * 10 + 12 * 16 and found['dense_macs']['mean'] == 81 * 12 * 16
+    assert found['pure']['mean'] == pytest.approx(54 / 117)
+
+
+def test_dense_is_the_network_without_its_mask(registered):
+    lq = torch.rand(1, 3, 5, 7)
+    net, dense = build_network(registered), build_network(registered, dense=True)
+    dense.load_state_dict(net.state_dict())
+    _, mask = net(lq, return_mask=True)
+    assert mask.any() and torch.equal(mask, net.mask_of(lq)) and dense.mask_of(lq) is None
+    same = dense(lq) == net(lq)
+    assert not same.all() and same[..., (~mask[:, :5, :7]).repeat_interleave(2, 1).repeat_interleave(2, 2)[0]].all()
+
+
+def test_what_a_mask_or_a_network_refuses(registered):
+    with pytest.raises(ValueError, match="'nothing' is not a registered mask"):
+        build_mask('nothing')
+    with pytest.raises(ValueError, match="takes no 'num_centers'"):
+        build_mask('toy_bright', num_centers=3)
+    with pytest.raises(UserError, match='takes no option'):
+        build_network(registered | {'pure_pass': 3})
+    with pytest.raises(KeyError, match='already registered'):
+        register_mask('toy_bright')(type('Other', (ToyBright,), {}))
+    assert as_masked(nn.Conv2d(3, 3, 1)) is None
