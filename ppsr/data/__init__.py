@@ -1,5 +1,6 @@
-"""Data sets: prepared (``ppsr prepare``), checked and read. Importing it registers ``PairedSRDataset`` with basicsr."""
+"""Data sets: prepared (``ppsr prepare``), checked and read. Importing it registers them with basicsr."""
 
 from ppsr.data.paired_sr_dataset import PairedSRDataset
+from ppsr.data.synthetic_graphics import SyntheticGraphics
 
-__all__ = ['PairedSRDataset']
+__all__ = ['PairedSRDataset', 'SyntheticGraphics']

@@ -26,6 +26,7 @@ from ppsr.registry import register
 from ppsr.tiling import DEFAULT_OVERLAP, tiled_forward
 from ppsr.training import checkpoints
 from ppsr.training.distributed import any_process, from_all
+from ppsr.training.optimizers import muon_for
 from ppsr.weights import load_into, read_checkpoint, resolve
 
 __all__ = ['PurePassSRModel']
@@ -99,8 +100,10 @@ class PurePassSRModel(SRModel):
             super().setup_schedulers()
 
     def get_optimizer(self, optim_type, params, lr, **kwargs):
+        if optim_type == 'Muon':  # has to know which parameters are matrices
+            return muon_for(self.get_bare_model(self.net_g), lr, **kwargs)
         if optim_type not in OPTIMIZERS:
-            raise UserError(f'train → optim_g → type: {optim_type!r} is not one of {", ".join(OPTIMIZERS)}.')
+            raise UserError(f'train → optim_g → type: {optim_type!r} is not one of {", ".join(OPTIMIZERS)}, Muon.')
         return getattr(torch.optim, optim_type)(params, lr, **kwargs)
 
     def load_network(self, net, load_path, strict=True, param_key='params_ema'):
