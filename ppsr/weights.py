@@ -8,6 +8,7 @@ run code is refused.
 import io
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ __all__ = [
     'Checkpoint',
     'build_and_load',
     'compare',
+    'default_model',
     'described',
     'guess_config',
     'list_pretrained',
@@ -43,7 +45,8 @@ __all__ = [
 ]
 
 MAX_NAME = 100  # characters of a parameter's name in a message
-DEFAULT_MODEL = 'PPATDLight_x4_cpu'
+DEFAULT_MODEL = 'PPATDLight_x4'
+FAMILY = re.compile(r'PPATDLight_x(\d+)')  # the shipped weights of each scale
 # Buffers of the published checkpoints that follow from the configuration. Networks put them into their state dicts,
 # so that other programs find them in our files; reading leaves them out, and loading does not ask for them.
 DERIVABLE = ('relative_position_index_SA',)
@@ -359,6 +362,19 @@ def build_and_load(build: Callable[[], nn.Module], checkpoint: Checkpoint, arch:
 def list_pretrained() -> dict[str, Path]:
     """Names of the shipped weights and where they lie."""
     return {path.stem: path for path in sorted(pretrained_models().glob('*.safetensors'))}
+
+
+def default_model(outscale: float | None = None) -> str:
+    """Name of the shipped weights to enlarge by this factor: those of the next larger scale that there is, so that the
+    result is never blown up behind the network where it can be helped; None takes ×4.
+
+    >>> default_model()
+    'PPATDLight_x4'
+    """
+    scales = {int(match[1]): name for name in list_pretrained() if (match := FAMILY.fullmatch(name))}
+    if outscale is None or not scales:
+        return DEFAULT_MODEL
+    return scales[min((scale for scale in scales if scale >= outscale), default=max(scales))]
 
 
 def resolve(path_or_name: str | Path | None = None) -> Path:

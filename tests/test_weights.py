@@ -15,6 +15,7 @@ import safetensors
 import torch
 from support import REPOSITORY, TINY
 
+from ppsr import weights
 from ppsr.archs import ATDLight, PPATDLight
 from ppsr.convert import convert
 from ppsr.errors import UserError
@@ -137,7 +138,7 @@ def test_a_file_of_the_shipped_name_is_taken_by_its_path_alone(tmp_path, monkeyp
     assert resolve(name) == resolve() == list_pretrained()[name]
     assert resolve(f'./{name}').samefile(tmp_path / name) and resolve(tmp_path / name) == tmp_path / name
     assert resolve('other').samefile(tmp_path / 'other')
-    with pytest.raises(UserError, match=f'no such weight file, and the shipped weights are called {name}'):
+    with pytest.raises(UserError, match=f'no such weight file, and the shipped weights are called .*{name}'):
         resolve(f'{name}.safetensors')
 
 
@@ -226,15 +227,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, net, monkeypatch):
         save_checkpoint(tmp_path / 'a.bin', {})
 
 
+@pytest.mark.parametrize('outscale, scale', [(None, 4), (2, 2), (1.5, 2), (2.5, 4), (8, 4)])
+def test_a_factor_takes_the_weights_of_its_scale_or_of_the_next_larger_one(monkeypatch, outscale, scale):
+    names = ('PPATDLight_x2', 'PPATDLight_x4', 'PPATDLight_x16_trial', 'ATDLight_x3')
+    monkeypatch.setattr(weights, 'list_pretrained', lambda: dict.fromkeys(names, Path('file')))
+    assert weights.default_model(outscale) == f'PPATDLight_x{scale}'
+
+
 def test_the_shipped_weights_load_by_name():
-    assert 'PPATDLight_x4_cpu' in list_pretrained()
-    checkpoint = read_checkpoint(resolve('PPATDLight_x4_cpu'))
+    assert 'PPATDLight_x4' in list_pretrained()
+    checkpoint = read_checkpoint(resolve('PPATDLight_x4'))
     assert (
-        checkpoint.config['type'] == 'PPATDLight' and checkpoint.scale == 4 and 'short' in checkpoint.facts['summary']
+        checkpoint.config['type'] == 'PPATDLight'
+        and checkpoint.scale == 4
+        and 'not the published model' in checkpoint.facts['summary']
     )
     net = load_model()
     assert sum(p.numel() for p in net.parameters()) == 768_792
-    with pytest.raises(UserError, match='PPATDLight_x4_cpu'):
+    with pytest.raises(UserError, match='PPATDLight_x4'):
         resolve('no_such_model')
     with pytest.raises(UserError, match='not a registered arch'):
         load_model(arch='NoArch')

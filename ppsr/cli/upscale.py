@@ -10,7 +10,7 @@ from ppsr.pictures.upscaler import OUTSCALES
 def add_network_options(parser: argparse.ArgumentParser) -> None:
     """The options that choose a network and how it runs; shared by ``upscale`` and ``compare``."""
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument('-n', '--model', metavar='NAME', help='shipped weights by name (default: PP-ATD-light ×4)')
+    weights.add_argument('-n', '--model', metavar='NAME', help='shipped weights by name (default: of the scale wanted)')
     weights.add_argument('--model-path', metavar='FILE', help='weights file (.safetensors, .pth)')
     parser.add_argument('--arch', help='run the weights as this arch; PPATDLight runs a plain ATD-light with Pure-Pass')
     parser.add_argument('--no-pure-pass', action='store_true', help='exempt nothing: the dense network')
@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         '-s',
         '--outscale',
         type=Number(*OUTSCALES),
-        help="factor of the result (default: the network's); else Lanczos after it",
+        help='factor of the result (default: 4, or that of -n); the weights are those of that scale where there are',
     )
     parser.add_argument('--suffix', default='out', help="NAME becomes NAME_SUFFIX; '' for none (default: out)")
     parser.add_argument('--ext', default='auto', choices=('auto', 'png', 'jpg', 'webp', 'tiff'), help='output format')

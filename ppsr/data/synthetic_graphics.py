@@ -1,13 +1,13 @@
 """Drawings made on the fly from a seed: what photographs hold nothing of, and screens, logos and diagrams are made of.
 
 A network that has only seen photographs changes pure colours, most of all along the borders of a picture and where they
-are saturated. A small share of samples from here teaches it to leave them alone: ``synthetic_graphics: 0.12`` in the
-options of any training set draws 12 % of its samples from this one (:class:`WithGraphics`).
+are saturated. A small share of batches from here teaches it to leave them alone: ``synthetic_graphics: 0.12`` in the
+options of any training set makes 12 % of its batches of drawings (:class:`ppsr.training.loader.TrainBatches`).
 
-Every sample is a whole picture: HR drawn at the size of the training patch, LR made of it by the exact bicubic.
+Every drawing is a whole picture, borders included; its LR is made by the exact bicubic.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -20,9 +20,9 @@ from ppsr.data.images import DataError
 from ppsr.data.pairs import option
 from ppsr.registry import register
 
-__all__ = ['SyntheticGraphics', 'WithGraphics', 'draw_graphics']
+__all__ = ['SyntheticGraphics', 'draw_graphics', 'graphics_batch', 'graphics_shape']
 
-FLAT = 0.4  # share of pictures of a single colour
+FLAT = 0.5  # share of pictures of a single colour
 SUPERSAMPLING = 4  # anti-aliased drawings are drawn so many times larger and averaged
 FONTS = (
     cv2.FONT_HERSHEY_SIMPLEX,
@@ -175,36 +175,41 @@ class SyntheticGraphics(data.Dataset):
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        gt = draw_graphics(int(np.random.SeedSequence((self.seed, index)).generate_state(1)[0]), self.size, self.size)
-        lq = imresize_bicubic(gt, self.scale)
-        name = f'SyntheticGraphics {index} of seed {self.seed}'
-        return {'lq': _to_tensor(lq), 'gt': _to_tensor(gt), 'lq_path': name, 'gt_path': name}
+        seed = int(np.random.SeedSequence((self.seed, index)).generate_state(1)[0])
+        lq, gt = _pair(seed, self.scale, self.size)
+        name = f'drawing {seed}'
+        return {'lq': lq, 'gt': gt, 'lq_path': name, 'gt_path': name}
 
 
-class WithGraphics(data.Dataset):
-    """A training set of which a share of the samples is replaced by drawings.
+def graphics_shape(rng: np.random.Generator, scale: int, gt_size: int, batch: int) -> tuple[int, int]:
+    """How drawings stand in for a batch of `batch` training patches: number of pictures, side of an HR picture.
 
-    Which ones, and which drawings, is drawn from numpy's global generator, as flips and crops are: the same for the
-    same random state.
-
-    Args:
-        dataset: the training set.
-        share: in [0, 1].
-        opt: the options of `dataset`; of them ``gt_size`` and ``scale`` are used.
+    Either so many of that size, or twice as many of half the side, or four times as many of a quarter, which is the
+    most likely: borders are what has to be learned, and small pictures have most of them and cost least. No LR side is
+    less than 8 pixels.
     """
+    halvings = int(rng.choice(3, p=(0.2, 0.3, 0.5)))
+    while halvings and gt_size >> halvings < 8 * scale:
+        halvings -= 1
+    return batch << halvings, (gt_size >> halvings) // scale * scale
 
-    def __init__(self, dataset: data.Dataset, share: float, opt: Mapping):
-        self.dataset, self.share = dataset, share
-        keys = ('name', 'scale', 'gt_size')
-        self.graphics = SyntheticGraphics({key: opt[key] for key in keys} | {'length': 2**31 - 1})
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+def graphics_batch(seeds: Sequence[int], scale: int, gt_size: int) -> dict:
+    """Drawings of these seeds as a batch of a training set.
 
-    def __getitem__(self, index: int) -> dict:
-        if np.random.random() < self.share:
-            return self.graphics[np.random.randint(len(self.graphics))]
-        return self.dataset[index]
+    Returns:
+        ``lq`` float32 (B, 3, h, w) and ``gt`` float32 (B, 3, h·scale, w·scale), RGB in [0, 1]; ``lq_path`` and
+        ``gt_path``, lists that say which drawings they are.
+    """
+    pairs = [_pair(seed, scale, gt_size) for seed in seeds]
+    names = [f'drawing {seed}' for seed in seeds]
+    lq, gt = (torch.stack(images) for images in zip(*pairs))
+    return {'lq': lq, 'gt': gt, 'lq_path': names, 'gt_path': names}
+
+
+def _pair(seed: int, scale: int, gt_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    gt = draw_graphics(seed, gt_size, gt_size)
+    return _to_tensor(imresize_bicubic(gt, scale)), _to_tensor(gt)
 
 
 def _to_tensor(img: np.ndarray) -> torch.Tensor:

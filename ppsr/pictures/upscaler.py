@@ -176,8 +176,8 @@ class Upscaler:
         """An Upscaler with weights from a file or of the package.
 
         Args:
-            path_or_name: a weights file, or a name of `ppsr.weights.PRETRAINED`; None = the weights that ship with
-                the package (×4).
+            path_or_name: a weights file, or a name of :func:`ppsr.weights.list_pretrained`; None = the shipped weights
+                of the scale `outscale`, or of the next larger one (:func:`ppsr.weights.default_model`).
             arch: PPATDLight runs a plain ATD-light checkpoint with Pure-Pass; None = as the file says.
             pure_pass: False runs the network with nothing exempted.
             device, **options: as for the class.
@@ -185,9 +185,11 @@ class Upscaler:
         Raises:
             UserError: no such weights, or they do not fit.
         """
-        from ppsr.weights import load_model
+        from ppsr.weights import default_model, load_model
 
         device = resolve_device(device)
+        if path_or_name is None:
+            path_or_name = default_model(options.get('outscale'))
         return cls(load_model(path_or_name, arch=arch, pure_pass=pure_pass, device=device), device=device, **options)
 
     @property

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from ppsr.data.synthetic_graphics import graphics_batch, graphics_shape
 from ppsr.errors import UserError
 
 __all__ = ['TrainBatches']
@@ -27,6 +28,8 @@ class TrainBatches:
         dataset: gives dictionaries; draws from the global generators of Python, numpy and torch as it likes.
         dataset_opt: ``batch_size_per_gpu``, ``num_worker_per_gpu``, ``dataset_enlarge_ratio``, ``pin_memory`` and
             ``persistent_workers`` as in BasicSR. ``prefetch_mode`` 'cuda' copies a batch ahead to the GPU.
+            ``synthetic_graphics`` is the share of batches that are made of drawings instead
+            (:mod:`ppsr.data.synthetic_graphics`).
         opt: the options of the run: ``manual_seed``, ``num_gpu``, ``dist``, ``rank``, ``world_size``.
 
     Raises:
@@ -39,6 +42,8 @@ class TrainBatches:
         batch_size = dataset_opt['batch_size_per_gpu'] * devices
         self.global_batch = batch_size * opt['world_size']
         self.opt, self.prefetch = opt, _prefetch_mode(dataset_opt, opt)
+        self.drawn = dataset_opt.get('synthetic_graphics') or 0.0
+        self.gt_size = dataset_opt.get('gt_size')
         ratio = dataset_opt.get('dataset_enlarge_ratio') or 1
         self.sampler = EpochSampler(len(dataset), ratio, opt['manual_seed'], opt['rank'], opt['world_size'])
         if len(self.sampler) < batch_size:
@@ -70,7 +75,7 @@ class TrainBatches:
             UserError: the data set met a broken image, in whichever process that was.
         """
         self.sampler.epoch, self.sampler.start = epoch, start * self.loader.batch_size
-        batches = _raising(self.loader)
+        batches = self._with_drawings(_raising(self.loader), epoch, start)
         if not self.prefetch:
             yield from batches
             return
@@ -78,6 +83,17 @@ class TrainBatches:
 
         prefetcher = CUDAPrefetcher(batches, self.opt)
         while (batch := prefetcher.next()) is not None:
+            yield batch
+
+    def _with_drawings(self, batches: Iterator[dict], epoch: int, start: int) -> Iterator[dict]:
+        """The batches, some replaced; which ones and by what follows from the seed and the number in the epoch."""
+        rank, world_size = self.opt['rank'], self.opt['world_size']
+        for number, batch in enumerate(batches, start):
+            rng = np.random.default_rng((self.opt['manual_seed'], epoch, number))
+            if rng.random() < self.drawn:
+                count, side = graphics_shape(rng, self.opt['scale'], self.gt_size, self.global_batch)
+                seeds = [_seed(self.opt['manual_seed'], epoch, number, i) for i in range(count)]
+                batch = graphics_batch(seeds[rank::world_size], self.opt['scale'], side)
             yield batch
 
 

@@ -42,6 +42,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 f'train → optim_g → type: Muon needs torch 2.9 or newer, this is {torch.__version__}; '
                 'use AdamW or install a newer torch.'
             )
+        given = {key: value for key, value in adamw.items() if value is not None}
         matrices, others = list(matrices), list(others)
         # flat views of the same memory: a step on them is a step on the parameters
         flat = [p.detach().view(p.shape[0], -1) for p in matrices]
@@ -50,7 +51,7 @@ class MuonAdamW(torch.optim.Optimizer):
             muon = {'adjust_lr_fn': 'match_rms_adamw', 'weight_decay': 0.0} | muon
             self.parts['muon'] = torch.optim.Muon(flat, lr=lr, **muon)
         if others:
-            self.parts['adamw'] = torch.optim.AdamW(others, **({'lr': lr} | ADAMW | dict(adamw)))
+            self.parts['adamw'] = torch.optim.AdamW(others, **({'lr': lr} | ADAMW | given))
         groups = {'muon': matrices, 'adamw': others}
         super().__init__(
             [{'params': groups[name], 'lr': part.param_groups[0]['lr']} for name, part in self.parts.items()], {}

@@ -153,6 +153,7 @@ class TrainKeys(LoaderKeys):
     gt_size: Annotated[int, Whole(1, 65536), 'side of a GT patch, a multiple of the scale']
     use_hflip: Annotated[bool, Truth(), 'random horizontal flips'] = True
     use_rot: Annotated[bool, Truth(), 'random vertical flips and transposes'] = True
+    synthetic_graphics: Annotated[float, Number(0, 1), 'share of the batches that is made of drawings instead'] = 0.0
 
 
 class PairKeys(DataSet):
@@ -193,6 +194,18 @@ class SingleImage(PixelKeys, DataSet):
     meta_info_file: Annotated[str | None, FilePath(), 'names of the images to use; ~: all'] = None
 
 
+class SyntheticGraphics(DataSet):
+    """SyntheticGraphics: drawings from a seed"""
+
+    gt_size: Annotated[int, Whole(1, 65536), 'side of an HR picture, a multiple of the scale']
+    length: Annotated[int, Whole(1, ITERATIONS), 'so many pictures'] = 10000
+    seed: Annotated[int, Whole(0, MAX_SEED), 'of the whole set'] = 0
+
+
+class SyntheticGraphicsTrain(LoaderKeys, SyntheticGraphics):
+    """SyntheticGraphics for training"""
+
+
 class OpenDataSet(DataSet, extra='allow'):
     io_backend: Annotated[dict, Mapped(), 'how the images are stored'] = {'type': 'disk'}
 
@@ -203,8 +216,17 @@ class OpenTrainSet(LoaderKeys, OpenDataSet, extra='allow'):
 
 # by type: for training, and for validation and tests
 DATASETS = {
-    True: {'PairedSRDataset': PairedSRTrain, 'PairedImageDataset': PairedImageTrain},
-    False: {'PairedSRDataset': PairedSR, 'PairedImageDataset': PairedImage, 'SingleImageDataset': SingleImage},
+    True: {
+        'PairedSRDataset': PairedSRTrain,
+        'PairedImageDataset': PairedImageTrain,
+        'SyntheticGraphics': SyntheticGraphicsTrain,
+    },
+    False: {
+        'PairedSRDataset': PairedSR,
+        'PairedImageDataset': PairedImage,
+        'SingleImageDataset': SingleImage,
+        'SyntheticGraphics': SyntheticGraphics,
+    },
 }
 
 
@@ -279,7 +301,32 @@ class RMSprop(Optimizer):
     centered: Annotated[bool, Truth(), 'normalise by the variance'] = False
 
 
-OPTIMIZERS = {'Adam': Adam, 'AdamW': AdamW, 'SGD': SGD, 'RMSprop': RMSprop, 'RAdam': RAdam, 'NAdam': NAdam}
+class MuonOthers(Section):
+    lr: Annotated[float | None, Number(0, 100), "learning rate; ~: Muon's"] = None
+    betas: Annotated[list, Several(Number(0, below=1), 2), 'decay of the running means'] = [0.9, 0.95]
+    eps: Annotated[float, Number(above=0, most=1), 'added to the denominator'] = 1e-8
+    weight_decay: Annotated[float, Number(0, 100), 'decay of the weights'] = 0.0
+
+
+class Muon(Optimizer):
+    momentum: Annotated[float, Number(0, below=1), 'share of the last step'] = 0.95
+    nesterov: Annotated[bool, Truth(), "Nesterov's momentum"] = True
+    ns_steps: Annotated[int, Whole(1, 99), 'of the Newton-Schulz iteration'] = 5
+    adjust_lr_fn: Annotated[str, Choice('match_rms_adamw', 'original'), "steps of AdamW's size, or Muon's own"] = (
+        'match_rms_adamw'
+    )
+    adamw: Annotated[dict, Nested(MuonOthers), 'AdamW, for all but matrices and kernels: lr, betas, …'] = {}
+
+
+OPTIMIZERS = {
+    'Adam': Adam,
+    'AdamW': AdamW,
+    'SGD': SGD,
+    'RMSprop': RMSprop,
+    'RAdam': RAdam,
+    'NAdam': NAdam,
+    'Muon': Muon,
+}
 
 
 class MultiStep(Section):

@@ -121,15 +121,12 @@ def _build_data(opt: dict, logger: logging.Logger) -> tuple:
     """Training batches, and the loader of each validation set."""
     from basicsr.data import build_dataloader, build_dataset
 
-    from ppsr.data.synthetic_graphics import WithGraphics
     from ppsr.training.loader import TrainBatches
 
     batches, val_loaders = None, []
     for phase, dataset_opt in opt['datasets'].items():
         dataset = build_dataset(dataset_opt)
         if phase == 'train':
-            if dataset_opt.get('synthetic_graphics'):
-                dataset = WithGraphics(dataset, dataset_opt['synthetic_graphics'], dataset_opt)
             batches = TrainBatches(dataset, dataset_opt, opt)
             logger.info(
                 f'{len(dataset)} training images, {batches.global_batch} in a batch of all {opt["world_size"]} '

@@ -38,7 +38,7 @@ def test_doctor_finds_this_installation_well(capsys):
         'native',
         'triton',
         'functional_tensor',
-        'PPATDLight_x4_cpu',
+        'PPATDLight_x4',
     ):
         assert word in text, word
     if native.unavailable_reason() is None:

@@ -132,6 +132,23 @@ def test_killed_at_random_moments_ends_bit_for_bit_equal(data, uninterrupted, tm
     assert_like_uninterrupted(tmp_path, uninterrupted)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='this torch has no Muon')
+def test_muon_and_drawings_go_on_bit_for_bit(data, tmp_path):
+    """Stopped after iteration 5, in the middle of an epoch and between two steps of the rate."""
+    muon = {'type': 'Muon', 'lr': 1e-3, 'adamw': {'lr': 5e-4, 'betas': [0.9, 0.95]}}
+    opt = options(data, train__optim_g=muon, train__total_iter=10, datasets__train__synthetic_graphics=0.5)
+    folders = tmp_path / 'whole', tmp_path / 'stopped'
+    for folder in folders:
+        write_options(folder, opt)
+    assert Training(folders[0]).wait() == 0
+    stopped = Training(folders[1], prepare=functools.partial(signal_in_iteration, 5, signal.SIGTERM))
+    assert stopped.wait() == 128 + signal.SIGTERM, stopped.text
+    assert states(folders[1]) == [4, 5]
+    training = Training(folders[1], '--auto_resume')
+    assert training.wait() == 0, training.text
+    assert_like_uninterrupted(*folders[::-1])
+
+
 def test_falls_back_to_the_state_before_and_says_so(data, uninterrupted, tmp_path):
     """The newest state is cut short, the model of the one before is missing: iteration 8 it is."""
     write_options(tmp_path, options(data, train__total_iter=16, logger__save_checkpoint_freq=4))

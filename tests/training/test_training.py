@@ -253,7 +253,7 @@ class Numbers(Dataset):
 def batches(rank=0, world_size=1, dataset=None, **changes) -> TrainBatches:
     dataset_opt = {'name': 'numbers', 'batch_size_per_gpu': 4 // world_size, 'num_worker_per_gpu': 0}
     dataset_opt |= {'dataset_enlarge_ratio': 3} | changes
-    opt = {'manual_seed': 3, 'num_gpu': 0, 'dist': world_size > 1, 'rank': rank, 'world_size': world_size}
+    opt = {'manual_seed': 3, 'scale': 4, 'num_gpu': 0, 'dist': world_size > 1, 'rank': rank, 'world_size': world_size}
     return TrainBatches(dataset or Numbers(), dataset_opt, opt)
 
 
@@ -279,6 +279,23 @@ def test_every_sample_draws_anew():
     draws = [sample[1:] for epoch in range(3) for sample in flat(batches().epoch(epoch))]
     assert len(set(draws)) == len(draws)
     assert flat(batches().epoch(0)) != flat(batches().epoch(1))
+
+
+def test_drawings_take_the_place_of_a_share_of_the_batches():
+    changes = dict(dataset_enlarge_ratio=60, synthetic_graphics=0.25, gt_size=64)
+    whole = list(batches(**changes).epoch(1))
+    drawn = [number for number, batch in enumerate(whole) if 'index' not in batch]
+    assert len(whole) == 105 and 15 <= len(drawn) <= 40
+    assert {tuple(whole[n]['lq'].shape) for n in drawn} == {(4, 3, 16, 16), (8, 3, 8, 8)}
+    # the others are what they would have been, and every start and any number of processes give the same
+    plain = list(batches(dataset_enlarge_ratio=60).epoch(1))
+    assert all(torch.equal(b['draws'], p['draws']) for b, p in zip(whole, plain) if 'index' in b)
+    later = list(batches(**changes).epoch(1, drawn[3]))
+    assert all(torch.equal(a['gt'], whole[n]['gt']) for n, a in enumerate(later, drawn[3]) if n in drawn)
+    both = [list(batches(rank, 2, **changes).epoch(1)) for rank in (0, 1)]
+    for n in drawn:
+        assert torch.equal(torch.stack([b[n]['gt'] for b in both], 1).flatten(0, 1), whole[n]['gt'])
+    assert sum('index' not in batch for batch in batches(**changes).epoch(2)) != len(drawn)
 
 
 def test_epoch_deals_every_image_equally():
