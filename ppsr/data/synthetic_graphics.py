@@ -16,8 +16,9 @@ from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils import data
 
 from ppsr.data.bicubic import imresize_bicubic
-from ppsr.data.images import DataError
 from ppsr.data.pairs import option
+from ppsr.errors import DataError
+from ppsr.images import to_tensor
 from ppsr.registry import register
 
 __all__ = ['SyntheticGraphics', 'draw_graphics', 'graphics_batch', 'graphics_shape']
@@ -209,9 +210,4 @@ def graphics_batch(seeds: Sequence[int], scale: int, gt_size: int) -> dict:
 
 def _pair(seed: int, scale: int, gt_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     gt = draw_graphics(seed, gt_size, gt_size)
-    return _to_tensor(imresize_bicubic(gt, scale)), _to_tensor(gt)
-
-
-def _to_tensor(img: np.ndarray) -> torch.Tensor:
-    """uint8 (H, W, 3) -> float32 (3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(img.transpose(2, 0, 1))).float() / 255
+    return to_tensor(imresize_bicubic(gt, scale))[0], to_tensor(gt)[0]

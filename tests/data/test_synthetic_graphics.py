@@ -7,6 +7,7 @@ from ppsr.data.images import DataError
 
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.data.synthetic_graphics import SyntheticGraphics, draw_graphics, graphics_batch, graphics_shape
+from ppsr.errors import DataError
 
 
 def options(**changes) -> dict:
