@@ -101,6 +101,7 @@ datasets:
     gt_size: ${gt_size}  # 64x64 LR patches
     use_hflip: true
     use_rot: true
+    synthetic_graphics: 0.12  # share of batches made of drawings, so that pure colours stay pure; published: 0
 
     num_worker_per_gpu: 8
     batch_size_per_gpu: 32  # 32 in all: 8 on each of 4 GPUs, 4 on each of 8
@@ -229,9 +230,7 @@ BENCHMARK = """\
     io_backend:
       type: disk
 """
-SHIPPED = {
-    ('pp_atd_light', 4): '# The small weights that are shipped: --force_yml path:pretrain_network_g=PPATDLight_x4_cpu\n'
-}
+SHIPPED = {('pp_atd_light', 4): '# The weights that are shipped: --force_yml path:pretrain_network_g=PPATDLight_x4\n'}
 
 
 def fill(text: str, **values) -> str:

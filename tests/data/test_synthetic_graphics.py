@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from ppsr.data.images import DataError
 
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.data.synthetic_graphics import SyntheticGraphics, draw_graphics, graphics_batch, graphics_shape
