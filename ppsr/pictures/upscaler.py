@@ -189,7 +189,8 @@ class Upscaler:
 
         device = resolve_device(device)
         if path_or_name is None:
-            path_or_name = default_model(options.get('outscale'))
+            outscale = options.get('outscale')
+            path_or_name = default_model(outscale if isinstance(outscale, (int, float)) else None)
         return cls(load_model(path_or_name, arch=arch, pure_pass=pure_pass, device=device), device=device, **options)
 
     @property
