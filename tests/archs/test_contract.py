@@ -1,5 +1,6 @@
-"""A network and a mask from outside of the package: every command works on them, and nobody else had to change."""
+"""A network and a mask from outside of the package: the commands work on them, and nobody else had to change."""
 
+import csv
 import json
 
 import numpy as np
@@ -103,6 +104,20 @@ def test_complexity_counts_the_mask_really_used(tmp_path, picture, registered, c
     # padded to 12×16, mirrored: green in columns 0–5 of all rows
     assert found['macs']['mean'] == 81 * 12 * 10 + 12 * 16 and found['dense_macs']['mean'] == 81 * 12 * 16
     assert found['pure']['mean'] == pytest.approx(54 / 117)
+
+
+def test_tables_have_a_row_for_it(tmp_path, registered):
+    folder = tmp_path / 'data' / 'Set5' / 'HR'
+    folder.mkdir(parents=True)
+    Image.fromarray(np.full((24, 24, 3), 200, np.uint8)).save(folder / 'bright.png')
+    (tmp_path / 'toy.yml').write_text(json.dumps({'name': 'mine', 'network_g': registered}))
+    save_checkpoint(tmp_path / 'toy.pth', build_network(registered).state_dict())
+    command = ['tables', '--data', str(tmp_path / 'data'), '-opt', str(tmp_path / 'toy.yml'), '--scales', '2']
+    command += ['--ablations', '--weights', str(tmp_path / 'toy.pth'), '-o', str(tmp_path / 'o')]
+    assert main([*command, '--cache', str(tmp_path / 'c.jsonl')]) == 0
+    with open(tmp_path / 'o' / 'benchmarks_x2.csv', newline='') as file:
+        rows = {(row['data set'], row['method']): row for row in csv.DictReader(file)}
+    assert rows['Set5', 'mine']['pure (%)'] == '100.00' and float(rows['Set5', 'mine']['PSNR (dB)']) > 0
 
 
 def test_dense_is_the_network_without_its_mask(registered):
