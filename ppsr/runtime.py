@@ -7,9 +7,11 @@
 ``PPSR_NO_TUNING=1`` leaves both as they are. Not a matter of speed, and always done: :func:`forbid_unpickling`.
 """
 
+import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 
 __all__ = ['forbid_unpickling', 'tune_process']
 
@@ -17,13 +19,20 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 KEEP_BYTES = 1 << 30  # free memory at the top of the heap that malloc keeps instead of giving it back
 
 
-def forbid_unpickling() -> None:
-    """Let torch.load read nothing but weights in this process and its children, whatever calls it.
+@contextlib.contextmanager
+def forbid_unpickling() -> Iterator[None]:
+    """Let torch.load read nothing but weights meanwhile, in this process and its children, whatever calls it.
 
     basicsr leaves `weights_only` to torch, whose default was False up to 2.5, and is with a variable since.
     """
-    os.environ.pop('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', None)
-    os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
+    names = ('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_WEIGHTS_ONLY_LOAD')
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    os.environ[names[1]] = '1'
+    try:
+        yield
+    finally:
+        del os.environ[names[1]]
+        os.environ.update(before)
 
 
 def tune_process() -> list[str]:

@@ -59,6 +59,7 @@ class PurePassSettings:
     Attributes:
         mask: name of a registered mask, or a mapping with its `type` and settings of its own.
         num_centers, window_size, shift, fuse: of the mask (:class:`ppsr.PurePass`).
+        threshold: of a mask that has one; None = its default.
         compensation: what an exempt token gets in place of category attention.
 
     Raises:
@@ -70,11 +71,12 @@ class PurePassSettings:
     window_size: int = 5
     shift: int | None = None
     fuse: bool = True
+    threshold: float | None = None
     compensation: str = 'value'
 
     # settings of the mask; only those that differ from their defaults are handed on, so that a mask without colours
     # works with the options of one that has them, as long as nobody changed what it cannot follow
-    of_mask: ClassVar[tuple[str, ...]] = ('num_centers', 'window_size', 'shift', 'fuse')
+    of_mask: ClassVar[tuple[str, ...]] = ('num_centers', 'window_size', 'shift', 'fuse', 'threshold')
 
     def __post_init__(self):
         require(self.compensation in COMPENSATIONS, 'pp_compensation', self.compensation, ', '.join(COMPENSATIONS))
@@ -204,8 +206,10 @@ class PurePassOptions:
         pp_fuse: cross-shift mask fusion.
         pp_compensation: what a pure token gets instead of attention: 'value' its own value vector through the
             projection; 'bypass' the value vector without the projection; 'zero' nothing.
-        pp_mask: name of another registered mask (:func:`ppsr.masks.register_mask`), or a mapping with its `type` and
-            settings of its own.
+        pp_threshold: of the masks 'variance' and 'both': standard deviation of the colours around a pixel, for values
+            in [0, 1], below which it is flat; None = 0.07.
+        pp_mask: 'colour', the paper's; 'variance', 'dynamic', 'both' (:mod:`ppsr.masks`); another registered mask
+            (:func:`ppsr.masks.register_mask`), or a mapping with its `type` and settings of its own.
         **kwargs: those of the network.
 
     Raises:
@@ -220,6 +224,7 @@ class PurePassOptions:
         pp_fuse: bool = True,
         pp_compensation: str = 'value',
         pp_mask: str | Mapping = 'colour',
+        pp_threshold: float | None = None,
         **kwargs,
     ):
         settings = PurePassSettings(
@@ -228,6 +233,7 @@ class PurePassOptions:
             window_size=pp_window_size,
             shift=pp_shift,
             fuse=pp_fuse,
+            threshold=pp_threshold,
             compensation=pp_compensation,
         )
         super().__init__(pure_pass=settings, **kwargs)

@@ -53,6 +53,7 @@ SETTINGS: dict[str, tuple[Kind, bool]] = {
     'pp_window_size': (Whole(1, 1024), False),
     'pp_shift': (Whole(0, 1024), True),
     'pp_fuse': (Truth(), False),
+    'pp_threshold': (Number(above=0, most=2), True),
     'pp_compensation': (Choice('value', 'bypass', 'zero'), False),
     'pp_mask': (MaskName(), False),
     'camixer_ratio': (Number(0, 1), False),

@@ -26,8 +26,7 @@ def run(args: argparse.Namespace) -> int:
         0 when all went well, 1 when something failed on the way (said), 2 for a user's mistake, 128 + N after signal N.
     """
     try:
-        with _signals():
-            forbid_unpickling()
+        with _signals(), forbid_unpickling():
             tune_process()
             return importlib.import_module(f'ppsr.cli.{args.command}').run(args) or 0
     except UserError as error:

@@ -2,7 +2,7 @@
 
 import sys
 
-from ppsr.cli.numbers import CENTERS, PIXELS, WINDOW, Number
+from ppsr.cli.numbers import CENTERS, PIXELS, THRESHOLD, WINDOW, Number
 
 
 def configure(parser) -> None:
@@ -14,8 +14,12 @@ def configure(parser) -> None:
     parser.add_argument(
         '--zoom', type=Number(1, 64), default=4, help='pixels of the overlay per pixel of the input (default: 4)'
     )
-    parser.add_argument('--num-centers', type=CENTERS, default=8, metavar='K', help='colour centres (default: 8)')
-    parser.add_argument('--window-size', type=WINDOW, default=5, metavar='W', help='side of the windows (default: 5)')
+    parser.add_argument(
+        '--mask', default='colour', metavar='NAME', help="colour (the paper's, default), variance, dynamic, both"
+    )
+    parser.add_argument('--threshold', type=THRESHOLD, metavar='T', help='of variance and both (default: 0.07)')
+    parser.add_argument('--num-centers', type=CENTERS, metavar='K', help='colour centres (default: 8)')
+    parser.add_argument('--window-size', type=WINDOW, metavar='W', help='side of the windows (default: 5)')
     parser.add_argument('--shift', type=PIXELS, help='offset of the second grid (default: half a window)')
     parser.add_argument('--no-fuse', action='store_true', help='without the second grid')
 
@@ -23,14 +27,16 @@ def configure(parser) -> None:
 def run(args) -> int:
     from ppsr.errors import UserError
     from ppsr.images import as_rgb, atomic_file, format_of, read_picture, write_picture
-    from ppsr.masks.pure_pass import PurePass
+    from ppsr.masks import build_mask
     from ppsr.pictures.batch import STREAM, exists, open_source, plan_jobs
     from ppsr.pictures.visualize import enlarge_nearest, mask_overlay, network_mask
 
+    settings = {name: getattr(args, name) for name in ('num_centers', 'window_size', 'shift', 'threshold')}
+    settings['fuse'] = False if args.no_fuse else None
     try:
-        pure_pass = PurePass(args.num_centers, args.window_size, args.shift, not args.no_fuse)
+        pure_pass = build_mask(args.mask, **{name: value for name, value in settings.items() if value is not None})
     except ValueError as error:
-        raise UserError(f'{error}.') from None
+        raise UserError(str(error).rstrip('.') + '.') from None
     plan = plan_jobs(args.input, args.output, args.suffix, 'png', args.recursive)
     if any(STREAM in (job.source, job.target) for job in plan.jobs):
         raise UserError('ppsr mask reads and writes files, not standard input and output.')

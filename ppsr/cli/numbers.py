@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass
 
-__all__ = ['CENTERS', 'PIXELS', 'SCALE', 'WINDOW', 'Number']
+__all__ = ['CENTERS', 'PIXELS', 'SCALE', 'THRESHOLD', 'WINDOW', 'Number']
 
 
 @dataclass(frozen=True)
@@ -37,4 +37,5 @@ class Number:
 CENTERS = Number(1, 4096)
 WINDOW = Number(1, 2**20)
 SCALE = Number(1, 64)
+THRESHOLD = Number(1e-6, 2.0)
 PIXELS = Number(0, 2**20)  # a length in pixels, where 0 has a meaning

@@ -3,19 +3,12 @@
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ppsr.masks.base import PixelMask, build_mask, register_mask
+from ppsr.masks.variance import local_variance
 
-__all__ = ['SCORES', 'SameShare', 'local_variance']
-
-
-def local_variance(lq: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, H, W): variance in the 5×5 neighbourhood, summed over the channels; edges are repeated."""
-    x = F.pad(lq.double(), (2, 2, 2, 2), mode='replicate')
-    mean, mean_square = F.avg_pool2d(x, 5, 1), F.avg_pool2d(x * x, 5, 1)
-    return (mean_square - mean * mean).clamp(min=0).sum(1)
+__all__ = ['SCORES', 'SameShare']
 
 
 def chance(lq: Tensor) -> Tensor:

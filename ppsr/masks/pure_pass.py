@@ -19,7 +19,15 @@ from torch import Tensor
 
 from ppsr.masks.base import PixelMask, register_mask
 
-__all__ = ['PurePass', 'classify_pixels', 'color_centers', 'pure_mask', 'window_mask']
+__all__ = [
+    'PurePass',
+    'as_integers',
+    'classify_pixels',
+    'color_centers',
+    'fused_window_mask',
+    'pure_mask',
+    'window_mask',
+]
 
 SATURATION = VALUE = 0.9  # of every centre (published)
 # Pixels and centres become integers of this many steps, so that float64 holds every product and sum exactly: labels are
@@ -53,6 +61,17 @@ def color_centers(num_centers: int = 8) -> Tensor:
     return torch.tensor(rgb, dtype=torch.float64, device='cpu').round(decimals=12)  # 0.09, not 0.08999999999999997
 
 
+def as_integers(lq: Tensor) -> Tensor:
+    """(B, 3, H, W) RGB in [0, 1], any float dtype -> float64 integers 0…65535; values outside are clamped, NaN is 0.
+
+    Raises:
+        ValueError: lq is not (B, 3, H, W) or not floating point.
+    """
+    if lq.dim() != 4 or lq.shape[1] != 3 or not lq.is_floating_point():
+        raise ValueError(f'lq must be (B, 3, H, W) floating point, got {lq.dtype} {tuple(lq.shape)}')
+    return (lq.detach().double().nan_to_num(0.0).clamp(0, 1) * PIXEL_STEPS).round()
+
+
 def classify_pixels(lq: Tensor, num_centers: int = 8) -> Tensor:
     """Label of every pixel: the nearest colour centre, argmin_k ‖p − c_k‖²; ties go to the lowest k.
 
@@ -69,10 +88,8 @@ def classify_pixels(lq: Tensor, num_centers: int = 8) -> Tensor:
     >>> classify_pixels(torch.tensor([0.9, 0.1, 0.1]).view(1, 3, 1, 1)).item()
     0
     """
-    if lq.dim() != 4 or lq.shape[1] != 3 or not lq.is_floating_point():
-        raise ValueError(f'lq must be (B, 3, H, W) floating point, got {lq.dtype} {tuple(lq.shape)}')
     centers = (color_centers(num_centers) * CENTER_STEPS).round().to(lq.device)  # (K, 3), integers
-    pixels = (lq.detach().double().clamp(0, 1) * PIXEL_STEPS).round()
+    pixels = as_integers(lq)
     # ‖p − c‖² = ‖p‖² − 2p·c + ‖c‖²: the largest 2p·c − ‖c‖² is the nearest centre; every number is an integer < 2⁵³
     best, labels = None, None
     for start in range(0, num_centers, CENTERS_AT_ONCE):
@@ -128,7 +145,14 @@ def window_mask(labels: Tensor, window_size: int = 5, offset: int = 0) -> Tensor
 
 def pure_mask(lq: Tensor, num_centers: int = 8, window_size: int = 5, shift: int | None = None, fuse=True) -> Tensor:
     """All stages: (B, 3, H, W) RGB in [0, 1] -> (B, H, W) bool, True = pure. Arguments as in :class:`PurePass`."""
-    labels = classify_pixels(lq, num_centers)
+    return fused_window_mask(classify_pixels(lq, num_centers), window_size, shift, fuse)
+
+
+def fused_window_mask(labels: Tensor, window_size: int = 5, shift: int | None = None, fuse: bool = True) -> Tensor:
+    """:func:`window_mask` on the plain grid, united with that on the shifted one.
+
+    (B, H, W) labels -> (B, H, W) bool.
+    """
     mask = window_mask(labels, window_size)
     if fuse:
         mask = mask | window_mask(labels, window_size, window_size // 2 if shift is None else shift)

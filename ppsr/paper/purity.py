@@ -4,16 +4,18 @@ The masks are those of the LQ images as they are. A network that pads its input 
 (``ppsr complexity --data`` counts that), which changes the last windows at the right and at the bottom only.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ppsr.errors import UserError
+from ppsr.masks import PixelMask, build_mask
 from ppsr.masks.pure_pass import classify_pixels, window_mask
 from ppsr.paper.report import Table
 
-__all__ = ['Share', 'grid_table', 'image_table', 'shares']
+__all__ = ['Share', 'grid_table', 'image_table', 'mask_grid', 'masks_table', 'shares']
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,35 @@ def grid_table(name: str, images: Sequence[dict[tuple[int, int], Share]]) -> Tab
         rows.append([k, w, 100 * plain, 100 * fused, fused / plain if plain else None])
     header = ['K', 'w', 'pure, one grid (%)', 'pure, fused (%)', 'ratio']
     return Table(header, rows, ['', '', '.2f', '.2f', '.3f'], f'{name}: mean of {len(images)} images')
+
+
+def mask_grid(name: str, shift: int | None = None, **settings: Sequence) -> dict[str, PixelMask]:
+    """Masks of one kind for every combination of settings, under labels that say them.
+
+    Args:
+        name: a registered mask.
+        shift: of its windows, where it has such; None = half the window.
+        **settings: values of each setting.
+
+    Raises:
+        UserError: no such mask, a setting that it does not take, or a value that it refuses.
+    """
+    common = {} if shift is None else {'shift': shift}
+    masks = {}
+    for values in itertools.product(*settings.values()):
+        changed = dict(zip(settings, values))
+        label = ', '.join(f'{setting} {value:g}' for setting, value in changed.items()) or 'default'
+        try:
+            masks[label] = build_mask(name, **changed, **common)
+        except ValueError as e:
+            raise UserError(f'mask {name}: {str(e).rstrip(".")}.') from e
+    return masks
+
+
+def masks_table(name: str, images: Mapping[str, Mapping[str, float]], mask: str) -> Table:
+    """One line per image and the mean, one column per setting of a mask."""
+    labels = list(next(iter(images.values())))
+    rows = [[image, *(100 * shares[label] for label in labels)] for image, shares in images.items()]
+    rows.append(['mean', *(100 * _mean([shares[label] for shares in images.values()]) for label in labels)])
+    header = ['image', *(f'exempt, {label} (%)' for label in labels)]
+    return Table(header, rows, ['', *('.2f' for _ in labels)], f'{name}, {mask}: {len(images)} images')

@@ -50,6 +50,11 @@ CHANGES = {
     'w = 4': {'pp_window_size': 4},
     'w = 8': {'pp_window_size': 8},
     'shift 1': {'pp_shift': 1},
+    'dynamic centres': {'pp_mask': 'dynamic'},
+    'variance, σ < 0.05': {'pp_mask': 'variance', 'pp_threshold': 0.05},
+    'variance, σ < 0.07': {'pp_mask': 'variance', 'pp_threshold': 0.07},
+    'variance, σ < 0.10': {'pp_mask': 'variance', 'pp_threshold': 0.1},
+    'colour and σ < 0.07': {'pp_mask': 'both', 'pp_threshold': 0.07},
     'bypass': {'pp_compensation': 'bypass'},
     'zero': {'pp_compensation': 'zero'},
 }
