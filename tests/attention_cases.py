@@ -91,10 +91,12 @@ def run_category(backend, case, qkv, scale, category, pure, compensation='value'
         )
 
 
-def run_window(backend, case, qkv, table):
+def run_window(backend, case, qkv, table, pure=None):
     with use_backend(backend):
         return with_gradients(
-            lambda qkv, table: window_attention(qkv, table, num_heads=case[3], window_size=case[5], shift=case[6]),
+            lambda qkv, table: window_attention(
+                qkv, table, num_heads=case[3], window_size=case[5], shift=case[6], pure=pure
+            ),
             qkv,
             table,
         )

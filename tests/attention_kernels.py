@@ -19,9 +19,9 @@ def window_inputs(ws, size, heads, dim, batch, seed=0):
     return qkv, torch.randn((2 * ws - 1) ** 2, heads, generator=g), torch.randn(batch, *size, heads * dim, generator=g)
 
 
-def run_windows(module, qkv, table, grad, heads, ws, shift):
-    out, lse = module.forward(qkv, table, heads, ws, shift)
-    return out, lse, *module.backward(grad, qkv, out, lse, table, heads, ws, shift)
+def run_windows(module, qkv, table, grad, heads, ws, shift, pure=None):
+    out, lse = module.forward(qkv, table, pure, heads, ws, shift)
+    return out, lse, *module.backward(grad, qkv, out, lse, table, pure, heads, ws, shift)
 
 
 def category_inputs(n, heads, dim, categories, pure, seed=0):

@@ -30,7 +30,7 @@ import torch
 from ppsr.errors import UserError
 from ppsr.ops import native
 
-__all__ = ['BACKENDS', 'available', 'choose', 'select', 'use_backend']
+__all__ = ['BACKENDS', 'available', 'choose', 'has_data', 'select', 'use_backend']
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,11 @@ def choose(x: torch.Tensor) -> str:
 def select(op: str, x: torch.Tensor) -> ModuleType:
     """Module that implements operator `op` ('category_attention' or 'window_attention') for tensor `x`."""
     return importlib.import_module(f'ppsr.ops.{op}.{choose(x)}')
+
+
+def has_data(x: torch.Tensor) -> bool:
+    """Whether a tensor has values, so that what depends on them can be counted; fake and meta tensors have none."""
+    return not (x.is_meta or isinstance(x, torch._subclasses.FakeTensor))
 
 
 @contextlib.contextmanager

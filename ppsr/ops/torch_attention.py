@@ -91,7 +91,7 @@ def attention_backward(
     q, k, grad_out = q1[:, :d].mul_(scale), k1[:, :d], do1[:, :d]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
 
-    at_once = min(w, buffers.shape[1] // (h * r * s)) * h
+    at_once = max(1, min(w, buffers.shape[1] // (h * r * s))) * h  # w may be 0
     if bias is not None:
         bias = bias.expand(at_once // h, h, r, s).reshape(-1, r, s)
     for i in range(0, w * h, at_once):

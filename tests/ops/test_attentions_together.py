@@ -113,9 +113,14 @@ def test_fake_results_look_like_real_ones(backend, dtype):
 
     def run(x, tokens, scale, table, category, pure):
         first = torch.ops.ppsr.category_attention(tokens, category, pure, scale, 2, 16, True)
-        second = torch.ops.ppsr.window_attention(x, table, 2, 4, 2)
+        second = torch.ops.ppsr.window_attention(x, table, None, 2, 4, 2)
         grad = torch.ops.ppsr.category_attention_backward(first[0], tokens, *first, scale, 2, 16, True)
-        return *first, *second, *grad, *torch.ops.ppsr.window_attention_backward(second[0], x, *second, table, 2, 4, 2)
+        return (
+            *first,
+            *second,
+            *grad,
+            *torch.ops.ppsr.window_attention_backward(second[0], x, *second, table, None, 2, 4, 2),
+        )
 
     arguments = x, tokens, scale, table, category, pure
     with use_backend(backend):

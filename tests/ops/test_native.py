@@ -53,7 +53,9 @@ def test_opcheck(contiguous):
         pure = pure.t().contiguous().t()
     tokens = qkv.detach().view(2, 32, 18) if contiguous else torch.randn(32, 2, 18).transpose(0, 1)
     with use_backend('native'):
-        torch.library.opcheck(torch.ops.ppsr.window_attention, (qkv.requires_grad_(), table.requires_grad_(), 2, 4, 1))
+        torch.library.opcheck(
+            torch.ops.ppsr.window_attention, (qkv.requires_grad_(), table.requires_grad_(), None, 2, 4, 1)
+        )
         torch.library.opcheck(
             torch.ops.ppsr.category_attention,
             (tokens.requires_grad_(), category, pure, torch.tensor([0.7], requires_grad=True), 3, 9, True),
@@ -120,7 +122,7 @@ def test_exponential_within_two_ulp(target):
 def test_denormal_mode_is_restored_in_the_threads_of_torch(threads):
     threads(2)
     qkv, table, _ = window_inputs(8, (32, 32), 2, 12, 1)
-    window_native.forward(qkv, table, 2, 8, 0)
+    window_native.forward(qkv, table, None, 2, 8, 0)
     assert (torch.full((1_000_000,), 1e-39) * 0.5 > 0).all()
 
 
@@ -165,7 +167,7 @@ torch.randn(1 << 20).sum(), torch.randn(300, 300) @ torch.randn(300, 300)
 count = lambda: len(__import__('os').listdir('/proc/self/task'))
 before = count()
 for _ in range(3):
-    forward(torch.randn(1, 32, 32, 36), torch.randn(225, 1), 1, 8, 0)
+    forward(torch.randn(1, 32, 32, 36), torch.randn(225, 1), None, 1, 8, 0)
 names = 'libgomp', 'libomp', 'libiomp'
 runtimes = {line.split()[-1] for line in open('/proc/self/maps') if any(name in line for name in names)}
 print(len(runtimes), count() - before, native._openmp_entry() is not None)

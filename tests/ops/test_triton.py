@@ -210,26 +210,35 @@ def _window_inputs(case, dtype, device='cpu'):
     return *(x.to(device) for x in (qkv, table, grad_out)), heads, size, shift
 
 
-def _window_errors(case, dtype, backend, device='cpu'):
+def _window_errors(case, dtype, backend, device='cpu', share=None):
     """Largest error of every result of a backend against the float64 reference, forward and backward."""
     qkv, table, grad_out, *sizes = _window_inputs(case, dtype, device)
-    got = backend.forward(qkv, table, *sizes)
-    got += backend.backward(grad_out, qkv, *got, table, *sizes)
-    want = window_reference.forward(qkv.double(), table.double(), *sizes)
-    want += window_reference.backward(grad_out.double(), qkv.double(), *want, table.double(), *sizes)
+    pure = None if share is None else _window_mask(qkv, share)
+    got = backend.forward(qkv, table, pure, *sizes)
+    got += backend.backward(grad_out, qkv, *got, table, pure, *sizes)
+    want = window_reference.forward(qkv.double(), table.double(), pure, *sizes)
+    want += window_reference.backward(grad_out.double(), qkv.double(), *want, table.double(), pure, *sizes)
     names = ('out', 'lse', 'grad_qkv', 'grad_table')
     return {name: (g.double() - w).abs().max().item() for name, g, w in zip(names, got, want)}
 
 
-def _interpret_window(case, dtype):
+def _window_mask(qkv, share):
+    """A share of the tokens pure, the last images wholly."""
+    pure = torch.rand(qkv.shape[:3], generator=torch.Generator().manual_seed(3)) < share
+    pure[1:] = True
+    return pure.to(qkv.device)
+
+
+def _interpret_window(case, dtype, share=None):
     from ppsr.ops.window_attention import triton as backend
 
-    return _window_errors(case, dtype, backend)
+    return _window_errors(case, dtype, backend, share=share)
 
 
+@pytest.mark.parametrize('share', [None, 0.0, 0.6], ids=['dense', 'nothing pure', 'some pure'])
 @pytest.mark.parametrize('case', WINDOWS)
-def test_window_attention_agrees_with_the_definition(interpreter, case):
-    errors = interpreter(_interpret_window, case, torch.float32)
+def test_window_attention_agrees_with_the_definition(interpreter, case, share):
+    errors = interpreter(_interpret_window, case, torch.float32, share)
     assert all(error < 2e-5 for error in errors.values()), errors
 
 
@@ -252,7 +261,9 @@ def _window_operator():
             out = window_attention(x, bias, num_heads=heads, window_size=size, shift=shift)
             results.append((out, *torch.autograd.grad(out, (x, bias), grad_out.to(dtype))))
             if backend == 'triton':
-                checks = torch.library.opcheck(torch.ops.ppsr.window_attention.default, (x, bias, heads, size, shift))
+                checks = torch.library.opcheck(
+                    torch.ops.ppsr.window_attention.default, (x, bias, None, heads, size, shift)
+                )
     return checks, [tuple(x.detach().double() for x in result) for result in results]
 
 
@@ -277,6 +288,7 @@ COMPILED = [(op, name, *target) for op, names in KERNELS.items() for name in nam
 TYPES = {'category_attention': {'scale': '*fp32'}, 'window_attention': {'scale': 'fp32'}}
 for _types in TYPES.values():
     _types.update(dict.fromkeys(('order', 'counts'), '*i32'))
+    _types['pure'] = '*i1'
     _types.update(dict.fromkeys(('lse', 'delta', 'table', 'grad_scale', 'grad_bias'), '*fp32'))
 
 
@@ -302,7 +314,7 @@ def _compile(folder, op, name, dtype, head_dim, group, capability):
     constants = tiles.config(dtype, head_dim, group, *largest)
     options = {key: constants.pop(key) for key in ('num_warps', 'num_stages')}
     constants |= {'NUM_HEADS': 4, 'HEAD_DIM': head_dim, 'CATEGORY_SIZE': group, 'WINDOW': math.isqrt(group)}
-    constants |= {'KEEP': True, 'stride_c': 1, 'grad_stride_c': 1}
+    constants |= {'KEEP': True, 'MASKED': True, 'stride_c': 1, 'grad_stride_c': 1}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     element = {torch.float32: '*fp32', torch.float16: '*fp16', torch.bfloat16: '*bf16'}[dtype]
     signature, attributes = {}, {}

@@ -24,6 +24,11 @@ from hypothesis import strategies as st
 from ppsr.ops import use_backend, window_attention
 
 
+def mask(qkv, share, seed=5):
+    """(B, H, W) bool, `share` of it pure."""
+    return torch.rand(qkv.shape[:3], generator=torch.Generator().manual_seed(seed)) < share
+
+
 def window_oracle(qkv, table, num_heads, ws, shift):
     _, height, width, _ = qkv.shape
     y, x = (i.flatten() for i in torch.meshgrid(torch.arange(height), torch.arange(width), indexing='ij'))
@@ -140,14 +145,16 @@ def test_the_bias_follows_its_table(backend):
 
 @pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('shift', [0, 1])
-def test_window_opcheck(backend, shift):
+@pytest.mark.parametrize('share', [None, 0.4])
+def test_window_opcheck(backend, shift, share):
     qkv, table = window_inputs((2, 4, 4, 2, 4, 2, shift))
+    pure = None if share is None else mask(qkv, share)
     with use_backend(backend):
-        arguments = (qkv.requires_grad_(), table.requires_grad_(), 2, 2, shift)
+        arguments = (qkv.requires_grad_(), table.requires_grad_(), pure, 2, 2, shift)
         torch.library.opcheck(torch.ops.ppsr.window_attention.default, arguments)
         qkv, table = qkv.detach(), table.detach()
-        out, lse = torch.ops.ppsr.window_attention(qkv, table, 2, 2, shift)
-        arguments = (torch.randn_like(out), qkv, out, lse, table, 2, 2, shift)
+        out, lse = torch.ops.ppsr.window_attention(qkv, table, pure, 2, 2, shift)
+        arguments = (torch.randn_like(out), qkv, out, lse, table, pure, 2, 2, shift)
         torch.library.opcheck(torch.ops.ppsr.window_attention_backward.default, arguments)
 
 
@@ -175,6 +182,8 @@ def test_window_flops(shift):
         ({'shift': 2}, r'shift must lie in \[0, window_size=2\), got 2'),
         ({'shift': -1}, 'shift must lie in'),
         ({'window_size': 0}, 'window_size must be at least 1'),
+        ({'pure': torch.zeros(1, 16, dtype=torch.bool)}, r'pure must be bool \(1, 4, 4\) on cpu'),
+        ({'pure': torch.zeros(1, 4, 4)}, 'pure must be bool .* got torch.float32'),
     ],
 )
 def test_window_argument_errors(change, message):
@@ -182,3 +191,83 @@ def test_window_argument_errors(change, message):
     window_attention(**arguments)
     with pytest.raises(ValueError, match=message):
         window_attention(**(arguments | change))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pure tokens
+
+
+@pytest.mark.parametrize('share', [0.1, 0.6, 0.95])
+@pytest.mark.parametrize('case', WINDOW_CASES, ids=window_id)
+@pytest.mark.parametrize('backend', WIDE)
+def test_pure_tokens_ask_nothing_float64(backend, case, share):
+    qkv, table = window_inputs(case, torch.float64)
+    pure = mask(qkv, share)
+    want = with_gradients(lambda q, t: window_oracle(q, t, case[3], *case[5:]) * ~pure[..., None], qkv, table)
+    assert_close(run_window(backend, case, qkv, table, pure), want, 1e-11)
+
+
+@pytest.mark.skipif('native' not in BACKENDS, reason='the kernels were not built')
+@pytest.mark.parametrize('share', [0.1, 0.6, 0.95])
+@pytest.mark.parametrize('case', WINDOW_CASES, ids=window_id)
+def test_pure_tokens_ask_nothing_in_the_kernels(target, case, share):
+    qkv, table = window_inputs(case)
+    pure = mask(qkv, share)
+    want = run_window('reference', case, qkv.double(), table.double(), pure)
+    assert_close(run_window('native', case, qkv, table, pure), want, 2e-5)
+
+
+@pytest.mark.parametrize('backend', WIDE)
+@pytest.mark.parametrize('shift', [0, 1])
+def test_gradcheck_with_pure_tokens(backend, shift):
+    qkv, table = window_inputs((2, 4, 2, 2, 2, 2, shift), torch.float64)
+    pure = mask(qkv, 0.5)
+    with use_backend(backend):
+        assert torch.autograd.gradcheck(
+            lambda q, t: window_attention(q, t, num_heads=2, window_size=2, shift=shift, pure=pure),
+            (qkv.requires_grad_(), table.requires_grad_()),
+            fast_mode=True,
+        )
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_images_of_unlike_purity(backend):
+    """Nothing pure: the dense result bit for bit; all pure: zeros, and no gradient; a batch: each as if alone."""
+    case = (3, 16, 24, 2, 4, 8, 4)
+    qkv, table = window_inputs(case)
+    pure = mask(qkv, 0.5)
+    pure[0], pure[2] = False, True
+    whole, dense = run_window(backend, case, qkv, table, pure), run_window(backend, case, qkv, table)
+    nothing = run_window(backend, case, qkv, table, torch.zeros_like(pure))
+    assert all(torch.equal(nothing[name], dense[name]) for name in dense)
+    assert torch.equal(whole['out'][0], dense['out'][0])
+    assert not whole['out'][2].any() and not whole['gradient 0'][2].any()
+    torch.testing.assert_close(whole['out'][1], dense['out'][1] * ~pure[1, ..., None], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_the_query_of_a_pure_token_reaches_nobody(backend):
+    case = (1, 16, 16, 2, 4, 8, 4)
+    qkv, table = window_inputs(case)
+    pure = mask(qkv, 0.5)
+    other = qkv.clone()
+    other[..., :8] = torch.where(pure[..., None], other.new_tensor(float('nan')), other[..., :8])
+    before, after = (run_window(backend, case, x, table, pure) for x in (qkv, other))
+    for name in before:
+        assert torch.equal(before[name], after[name]), name
+    assert not before['gradient 0'][..., :8][pure].any()
+    assert before['gradient 0'][..., 16:][pure].any(), 'a pure token is still a value'
+
+
+@pytest.mark.parametrize('shift', [0, 1])
+@pytest.mark.parametrize('share', [0.0, 0.5, 1.1])
+def test_window_flops_of_those_that_ask(shift, share):
+    qkv, table = torch.randn(2, 4, 6, 18, requires_grad=True), torch.zeros(9, 3)
+    pure = mask(qkv, share)
+    expected = 2 * 2 * (~pure).sum().item() * 4 * 6
+    with flop_counter() as forward:
+        out = window_attention(qkv, table, num_heads=3, window_size=2, shift=shift, pure=pure)
+    assert forward.get_total_flops() == expected
+    with flop_counter() as backward:
+        out.sum().backward()
+    assert backward.get_total_flops() == expected * 5 // 2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ppsr.ops.dispatch import select
+from ppsr.ops.dispatch import has_data, select
 
 __all__ = ['COMPENSATIONS', 'attention_macs', 'category_attention']
 
@@ -90,14 +90,10 @@ def attention_macs(active: Tensor | list[int], channels: int, category_size: int
     return 2 * channels * sum(n * min(n, category_size) for n in counts)
 
 
-def _has_data(x: Tensor) -> bool:
-    return not (x.is_meta or isinstance(x, torch._subclasses.FakeTensor))
-
-
 @register_flop_formula(torch.ops.ppsr.category_attention, get_raw=True)
 def _flops(qkv, category, pure, scale, num_heads, category_size, *args, **kwargs) -> int:
     batch, n, c3 = qkv.shape
-    if pure is None or not _has_data(pure):
+    if pure is None or not has_data(pure):
         active = [n] * batch  # shapes alone tell no more: the dense count
     else:
         active = n - pure.sum(1)
@@ -107,7 +103,7 @@ def _flops(qkv, category, pure, scale, num_heads, category_size, *args, **kwargs
 @register_flop_formula(torch.ops.ppsr.category_attention_backward, get_raw=True)
 def _flops_backward(grad_out, qkv, out, lse, order, counts, scale, num_heads, category_size, *args, **kwargs) -> int:
     # five products where the forward has two: q·kᵀ again, dO·vᵀ, Pᵀ·dO, dS·k, dSᵀ·q
-    active = counts if _has_data(counts) else [qkv.shape[1]] * qkv.shape[0]
+    active = counts if has_data(counts) else [qkv.shape[1]] * qkv.shape[0]
     return 5 * attention_macs(active, qkv.shape[2] // 3, category_size)
 
 

@@ -24,8 +24,8 @@ LIBRARY = Path(__file__).with_name('libppsr.so')
 
 # Tensors, then sizes, the last of which is the number of threads.
 _SIGNATURES = {
-    'ppsr_window_forward': 4 * [c_void_p] + 8 * [c_int64],
-    'ppsr_window_backward': 7 * [c_void_p] + 8 * [c_int64],
+    'ppsr_window_forward': 5 * [c_void_p] + 8 * [c_int64],
+    'ppsr_window_backward': 8 * [c_void_p] + 8 * [c_int64],
     'ppsr_category_forward': [*3 * [c_void_p], c_float, *4 * [c_void_p], *7 * [c_int64]],
     'ppsr_category_backward': [*6 * [c_void_p], c_float, c_void_p, POINTER(c_double), *7 * [c_int64]],
     'ppsr_linear': [*11 * [c_void_p], c_float, *6 * [c_int64]],

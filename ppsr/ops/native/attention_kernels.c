@@ -37,6 +37,25 @@ INLINE void load_rows(int64_t n, int64_t dim, const float *x, int64_t stride, co
             rows[((i / LANES) * LANES + l) * LANES + i % LANES] = x[token[l] * stride + i];
 }
 
+/* Bias of 16 queries that lie anywhere in a rectangle, for all its keys -> (keys, 16). For one row of keys the biases of
+ * a query lie side by side, ascending with the column of the key: they are read by query and transposed. */
+INLINE void gather_bias(const struct attention *a, int64_t first, int64_t n, float *bias) {
+    const int64_t side = 2 * a->size - 1;
+    const float *start[LANES];
+    for (int64_t l = 0; l < LANES; l++) {
+        const int64_t place = a->place[first + (l < n ? l : 0)];
+        start[l] = a->offsets + (place / a->width + a->size - 1) * side + a->size - 1 - place % a->width;
+    }
+    for (int64_t y = 0; y < a->height; y++, bias += a->width * LANES)
+        for (int64_t x = 0; x < a->width; x += VL)
+            EACH(v, NV) {
+                vf row[VL];
+                EACH(i, VL) row[i] = load_anywhere(start[v * VL + i] - y * side + x);
+                transpose(row);
+                EACH(i, VL) if (x + i < a->width) store(bias + (x + i) * LANES + v * VL, row[i]);
+            }
+}
+
 INLINE void forward_of(const struct attention *a, const int64_t dim) {
     const int64_t keys = a->keys;
     float *k = a->scratch, *v = k + padded(keys * dim, LANES), *logits = v + padded(keys * dim, LANES);
@@ -45,9 +64,13 @@ INLINE void forward_of(const struct attention *a, const int64_t dim) {
     pack(keys, dim, a->v, a->qkv_stride, a->token, v);
     for (int64_t first = 0; first < a->queries; first += LANES) {
         const int64_t n = a->queries - first < LANES ? a->queries - first : LANES;
-        const int32_t *token = a->token + first;
+        int32_t token[LANES];
+        for (int64_t l = 0; l < n; l++) token[l] = a->token[a->place ? a->place[first + l] : first + l];
         load_lanes(n, dim, a->q, a->qkv_stride, token, a->scale * (float)LOG2_E, q);
-        if (a->bias)
+        if (a->place) {
+            gather_bias(a, first, n, logits);
+            product(keys, dim, q, k, dim, 1, logits, logits);
+        } else if (a->bias)
             product(keys, dim, q, k, dim, 1, a->bias + a->bias_start[first / LANES], logits);
         else
             product(keys, dim, q, k, dim, 1, NULL, logits);
@@ -106,14 +129,27 @@ INLINE void backward_of(const struct attention *a, const int64_t dim) {
         load_lanes(n, dim, a->grad_out, a->out_stride, token, 1, dout);
         load_rows(n, dim, a->q, a->qkv_stride, token, q_rows);
         load_rows(n, dim, a->grad_out, a->out_stride, token, dout_rows);
+        int64_t asking = n;
+        for (int64_t l = 0; a->pure && l < n; l++)
+            if (a->pure[token[l]]) { /* as if there were no such query */
+                asking--;
+                for (int64_t i = 0; i < dim; i++) {
+                    q[i * LANES + l] = dout[i * LANES + l] = 0;
+                    q_rows[((i / LANES) * LANES + l) * LANES + i % LANES] = 0;
+                    dout_rows[((i / LANES) * LANES + l) * LANES + i % LANES] = 0;
+                    a->grad_q[token[l] * a->qkv_stride + i] = 0;
+                }
+            }
+        if (!asking) continue;
         memset(dq, 0, dim * LANES * sizeof(float));
         float lse[LANES] __attribute__((aligned(64))), delta[LANES] __attribute__((aligned(64)));
         for (int l = 0; l < LANES; l++) {
-            lse[l] = l < n ? a->lse[token[l]] * (float)LOG2_E : 1e30f; /* probability 0 where there is no query */
+            /* probability 0 where there is no query */
+            lse[l] = l < n && !(a->pure && a->pure[token[l]]) ? a->lse[token[l]] * (float)LOG2_E : 1e30f;
             delta[l] = 0;
         }
         for (int64_t l = 0; l < n; l++)
-            for (int64_t i = 0; i < dim; i++)
+            for (int64_t i = 0; i < dim && !(a->pure && a->pure[token[l]]); i++)
                 delta[l] += a->grad_out[token[l] * a->out_stride + i] * a->out[token[l] * a->out_stride + i];
 
         const float *bias = a->bias ? a->bias + a->bias_start[first / LANES] : NULL;
@@ -138,6 +174,7 @@ INLINE void backward_of(const struct attention *a, const int64_t dim) {
             }
         }
         for (int64_t l = 0; l < n; l++) {
+            if (a->pure && a->pure[token[l]]) continue;
             float *row = a->grad_q + token[l] * a->qkv_stride, dot = 0;
             for (int64_t i = 0; i < dim; i++) {
                 dot += dq[i * LANES + l] * a->q[token[l] * a->qkv_stride + i];

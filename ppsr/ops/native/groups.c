@@ -8,13 +8,15 @@
 
 int ppsr_for_each_group(int64_t groups, int64_t threads, const struct maps *m, void *context,
                         void (*body)(void *, int64_t, int, void *)) {
-    const int64_t floats = 2 * padded(m->most, LANES) + scratch_floats(m->most, m->channels / m->heads);
+    const int64_t floats = 4 * padded(m->most, LANES) + scratch_floats(m->most, m->channels / m->heads);
     return ppsr_for_each(groups, threads, floats * sizeof(float), context, body);
 }
 
 struct desk ppsr_set_up(const struct maps *m, void *scratch, int more) {
-    int32_t *token = scratch, *next = token + padded(m->most, LANES);
-    return (struct desk){{.token = token}, {.token = next}, (float *)(next + padded(m->most, LANES)), more};
+    const int64_t room = padded(m->most, LANES);
+    int32_t *list = scratch;
+    return (struct desk){{.token = list, .place = list + room}, {.token = list + 2 * room, .place = list + 3 * room},
+                         (float *)(list + 4 * room), more};
 }
 
 static void prefetch_rows(const float *x, int64_t floats, const int32_t *token, int64_t begin, int64_t end) {
@@ -46,6 +48,14 @@ void ppsr_attend(const struct maps *m, const struct desk *desk, const struct ext
                               .out_stride = c, .lse = m->lse + (group->image * m->heads + h) * m->tokens,
                               .scratch = desk->scratch};
         if (extras->bias) a.bias = extras->bias + h * extras->bias_step;
+        if (!m->grad_out && group->height) {
+            a.place = group->place;
+            a.offsets = extras->offsets + h * extras->offsets_step;
+            a.height = group->height;
+            a.width = group->width;
+            a.size = extras->size;
+        }
+        if (m->grad_out && m->pure) a.pure = m->pure + group->image * m->tokens;
         if (!m->grad_out) {
             ppsr_attention_kernels()->forward(&a);
             continue;

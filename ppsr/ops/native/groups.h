@@ -7,7 +7,8 @@
 /* The members of a group: `keys` tokens of an image, the first `queries` of them also queries. */
 struct group {
     int64_t image, queries, keys;
-    int32_t *token;
+    int32_t *token, *place; /* place: which members ask, where it is not the first `queries` */
+    int64_t height, width;  /* of a rectangle in which not all ask, else 0 */
 };
 
 /* What a thread works with. */
@@ -22,12 +23,15 @@ struct maps {
     int64_t batch, tokens, channels, heads;
     const float *qkv, *grad_out; /* (batch, tokens, 3 channels), (batch, tokens, channels) */
     float *out, *lse, *grad_qkv; /* ..., (batch, heads, tokens), like qkv */
+    const uint8_t *pure;         /* (batch, tokens), or NULL: of windows */
     int64_t most;                /* tokens of the largest group */
 };
 
 /* What differs between the operators: see struct attention. Of head h is what lies h * step after the pointer. */
 struct extras {
     float scale;
+    const float *offsets; /* of a head; the heads follow each other at offsets_step */
+    int64_t offsets_step, size;
     const float *bias;
     float *grad_bias, *grad_fill;
     const int64_t *bias_start;

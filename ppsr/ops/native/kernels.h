@@ -18,6 +18,12 @@ struct attention {
     float scale;           /* of the logits */
     const float *bias;     /* in units of log 2, or NULL; key j of query block b has 16 floats at bias + bias_start[b] + 16 j */
     const int64_t *bias_start;
+    /* where not all members ask (forward alone): query i is member place[i] of a rectangle of height x width tokens, and
+     * its bias for the keys of a row lies side by side, see windows.c; or NULL */
+    const int32_t *place;
+    const float *offsets;
+    int64_t height, width, size;
+    const uint8_t *pure; /* whether token t gives no query after all (backward alone); or NULL */
     float *out; /* row of token t at out + t * out_stride; the backward reads it */
     int64_t out_stride;
     float *lse; /* log-sum-exp of the logits, at lse[t] */

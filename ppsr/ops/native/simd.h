@@ -50,6 +50,29 @@ INLINE vf load_anywhere(const float *p) { return *(const vf_anywhere *)p; }
 INLINE void store_anywhere(float *p, vf x) { *(vf_anywhere *)p = x; }
 INLINE vf splat(float x) { return (vf){0} + x; }
 
+/* Rows and columns of VL x VL floats change places: log2 VL rounds of exchanges between pairs of rows. */
+INLINE void transpose(vf *row) {
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 4
+    for (int step = 1; step < VL; step *= 2) {
+        vi low, high;
+        EACH(j, VL) low[j] = j & step ? VL + j - step : j, high[j] = j & step ? VL + j : j + step;
+        EACH(i, VL) if (!(i & step)) {
+            const vf a = row[i], b = row[i + step];
+            row[i] = __builtin_shuffle(a, b, low);
+            row[i + step] = __builtin_shuffle(a, b, high);
+        }
+    }
+#else
+    for (int i = 0; i < VL; i++)
+        for (int j = 0; j < i; j++) {
+            const float x = row[i][j];
+            row[i][j] = row[j][i];
+            row[j][i] = x;
+        }
+#endif
+}
+
 /* The larger of each pair; where x is NaN the result is NaN or x. */
 INLINE vf vmax(vf floor, vf x) {
 #if defined(__AVX512F__)

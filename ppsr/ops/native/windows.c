@@ -36,6 +36,8 @@ struct windows {
     int shapes;
     int64_t bias_floats; /* all shapes, all heads */
     float *bias;         /* (bias_floats) */
+    float *offsets;      /* (heads, offset_floats), where some tokens are pure: the table, see plan_offsets */
+    int64_t offset_floats;
     float *grad_bias;    /* (chunks, bias_floats) */
     int64_t chunks;      /* of the backward: neighbouring rectangles that share one sum of bias gradients */
 };
@@ -92,12 +94,29 @@ static int plan_windows(struct windows *w) {
     return w->bias ? 0 : -1;
 }
 
+/* The bias table in units of log 2, head by head, columns in reverse: the biases of a query for the keys of a row, from
+ * left to right, are then neighbours. Behind it is room to read vectors past the end. */
+static int plan_offsets(struct windows *w, const float *table) {
+    const int64_t side = 2 * w->size - 1, heads = w->maps.heads;
+    if (!w->maps.pure) return 0;
+    w->offset_floats = side * side + LANES;
+    w->offsets = ppsr_take(heads * w->offset_floats * sizeof(float));
+    if (!w->offsets) return -1;
+    memset(w->offsets, 0, heads * w->offset_floats * sizeof(float));
+    for (int64_t i = 0; i < side * side; i++)
+        for (int64_t h = 0; h < heads; h++)
+            w->offsets[h * w->offset_floats + i / side * side + side - 1 - i % side] =
+                table[i * heads + h] * (float)LOG2_E;
+    return 0;
+}
+
 static void free_windows(struct windows *w) {
     for (int i = 0; i < w->shapes; i++) {
         free(w->shape[i].slot);
         free(w->shape[i].start);
     }
     free(w->bias);
+    free(w->offsets);
     free(w->grad_bias);
 }
 
@@ -140,16 +159,37 @@ static const struct shape *list_rectangle(const struct windows *w, int64_t numbe
     group->queries = group->keys = height * width;
     for (int64_t y = 0; y < height; y++)
         for (int64_t x = 0; x < width; x++) group->token[y * width + x] = (int32_t)((top + y) * w->width + left + x);
+    group->height = group->width = 0;
+    if (w->maps.pure && !w->maps.grad_out) {
+        const uint8_t *pure = w->maps.pure + group->image * w->maps.tokens;
+        group->queries = 0;
+        for (int64_t i = 0; i < group->keys; i++)
+            if (!pure[group->token[i]]) group->place[group->queries++] = (int32_t)i;
+        if (group->queries < group->keys) group->height = height, group->width = width;
+    }
     return find_shape(w, height, width);
+}
+
+/* The rows of those that do not ask. */
+static void clear_pure(const struct maps *m, const struct group *group) {
+    const int64_t start = group->image * m->tokens;
+    for (int64_t i = 0; i < group->keys; i++) {
+        const int64_t t = group->token[i];
+        if (!m->pure[start + t]) continue;
+        memset(m->out + (start + t) * m->channels, 0, m->channels * sizeof(float));
+        for (int64_t h = 0; h < m->heads; h++) m->lse[(group->image * m->heads + h) * m->tokens + t] = 0;
+    }
 }
 
 static void attend_rectangle(const struct windows *w, int64_t number, float *grad_bias, struct desk *desk) {
     const struct shape *s = list_rectangle(w, number, &desk->group);
     if (desk->more) list_rectangle(w, number + 1, &desk->next);
     struct extras extras = {.scale = 1 / sqrtf((float)(w->maps.channels / w->maps.heads)),
+                            .offsets = w->offsets, .offsets_step = w->offset_floats, .size = w->size,
                             .bias = w->bias + s->offset, .bias_start = s->start, .bias_step = s->floats,
                             .grad_bias = grad_bias ? grad_bias + s->offset : NULL};
-    ppsr_attend(&w->maps, desk, &extras);
+    if (desk->group.height) clear_pure(&w->maps, &desk->group);
+    if (desk->group.queries) ppsr_attend(&w->maps, desk, &extras);
 }
 
 static void window_forward_task(void *context, int64_t task, int more, void *scratch) {
@@ -170,15 +210,15 @@ static void window_backward_task(void *context, int64_t chunk, int more, void *s
     }
 }
 
-/* qkv (batch, height, width, 3 channels), table ((2 size - 1)^2, heads) -> out (batch, height, width, channels), lse
+/* qkv (batch, height, width, 3 channels), table ((2 size - 1)^2, heads), pure (batch, height, width) or NULL -> out (batch, height, width, channels), lse
  * (batch, heads, height, width). Returns 0, or -1 if there is not enough memory. */
-int ppsr_window_forward(const float *qkv, const float *table, float *out, float *lse, int64_t batch, int64_t height,
+int ppsr_window_forward(const float *qkv, const float *table, const uint8_t *pure, float *out, float *lse, int64_t batch, int64_t height,
                         int64_t width, int64_t channels, int64_t heads, int64_t size, int64_t shift, int64_t threads) {
-    struct windows w = {.maps = {batch, height * width, channels, heads, .qkv = qkv, .out = out, .lse = lse,
+    struct windows w = {.maps = {batch, height * width, channels, heads, .qkv = qkv, .out = out, .lse = lse, .pure = pure,
                                  .most = size * size},
                         .height = height, .width = width, .size = size, .shift = shift};
     ppsr_expect(out, batch * height * width * channels);
-    int failed = plan_windows(&w);
+    int failed = plan_windows(&w) || plan_offsets(&w, table) ? -1 : 0;
     if (!failed) {
         exchange_bias(&w, table, w.bias, NULL);
         failed = ppsr_for_each_group(rectangles(&w), threads, &w.maps, &w, window_forward_task);
@@ -189,11 +229,12 @@ int ppsr_window_forward(const float *qkv, const float *table, float *out, float 
 
 /* ... and grad_out like out -> grad_qkv like qkv, grad_table like table, in double. */
 int ppsr_window_backward(const float *grad_out, const float *qkv, const float *out, const float *lse,
-                         const float *table, float *grad_qkv, double *grad_table, int64_t batch, int64_t height,
+                         const float *table, const uint8_t *pure, float *grad_qkv, double *grad_table, int64_t batch, int64_t height,
                          int64_t width, int64_t channels, int64_t heads, int64_t size, int64_t shift,
                          int64_t threads) {
     struct windows w = {.maps = {batch, height * width, channels, heads, .qkv = qkv, .grad_out = grad_out,
-                                 .out = (float *)out, .lse = (float *)lse, .grad_qkv = grad_qkv, .most = size * size},
+                                 .out = (float *)out, .lse = (float *)lse, .grad_qkv = grad_qkv, .pure = pure,
+                                 .most = size * size},
                         .height = height, .width = width, .size = size, .shift = shift};
     ppsr_expect(grad_qkv, batch * height * width * 3 * channels);
     memset(grad_table, 0, (2 * size - 1) * (2 * size - 1) * heads * sizeof(double));

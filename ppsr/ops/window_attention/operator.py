@@ -4,25 +4,28 @@
 inside the operator, so that a backend may turn them into addresses instead of copies. Registered with torch.library as
 ``ppsr::window_attention`` with its backward (meta, autograd, FLOP formula). An implementation runs below autograd, so
 every backend brings its backward. Beside the output a forward returns ``lse`` (B, h, H, W) float32 (float64 for
-float64), the natural logarithm of the sum of each token's exp(logit); a backward may be given another backend's.
+float64), the natural logarithm of the sum of each token's exp(logit); that of a pure token is not read. A backward may
+be given another backend's.
 """
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ppsr.ops.dispatch import select
+from ppsr.ops.dispatch import has_data, select
 
 __all__ = ['attention_macs', 'window_attention']
 
 
 @torch.library.custom_op('ppsr::window_attention', mutates_args=())
-def _forward(qkv: Tensor, bias_table: Tensor, num_heads: int, window_size: int, shift: int) -> tuple[Tensor, Tensor]:
-    return select('window_attention', qkv).forward(qkv, bias_table, num_heads, window_size, shift)
+def _forward(
+    qkv: Tensor, bias_table: Tensor, pure: Tensor | None, num_heads: int, window_size: int, shift: int
+) -> tuple[Tensor, Tensor]:
+    return select('window_attention', qkv).forward(qkv, bias_table, pure, num_heads, window_size, shift)
 
 
 @_forward.register_fake
-def _(qkv, bias_table, num_heads, window_size, shift):
+def _(qkv, bias_table, pure, num_heads, window_size, shift):
     batch, h, w, c3 = qkv.shape
     out = qkv.new_empty(batch, h, w, c3 // 3)
     wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
@@ -36,63 +39,77 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     bias_table: Tensor,
+    pure: Tensor | None,
     num_heads: int,
     window_size: int,
     shift: int,
 ) -> tuple[Tensor, Tensor]:
     backend = select('window_attention', qkv)
-    return backend.backward(grad_out, qkv, out, lse, bias_table, num_heads, window_size, shift)
+    return backend.backward(grad_out, qkv, out, lse, bias_table, pure, num_heads, window_size, shift)
 
 
 @_backward.register_fake
-def _(grad_out, qkv, out, lse, bias_table, num_heads, window_size, shift):
+def _(grad_out, qkv, out, lse, bias_table, pure, num_heads, window_size, shift):
     return torch.empty_like(qkv), torch.empty_like(bias_table)
 
 
 def _setup_context(ctx, inputs, output):
-    qkv, bias_table, ctx.num_heads, ctx.window_size, ctx.shift = inputs
-    ctx.save_for_backward(qkv, *output, bias_table)
+    qkv, bias_table, pure, ctx.num_heads, ctx.window_size, ctx.shift = inputs
+    ctx.save_for_backward(qkv, *output, bias_table, pure)
     ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx, grad_out, _):
-    qkv, out, lse, bias_table = ctx.saved_tensors
+    qkv, out, lse, bias_table, pure = ctx.saved_tensors
     grad_qkv, grad_table = torch.ops.ppsr.window_attention_backward(
-        grad_out.contiguous(), qkv, out, lse, bias_table, ctx.num_heads, ctx.window_size, ctx.shift
+        grad_out.contiguous(), qkv, out, lse, bias_table, pure, ctx.num_heads, ctx.window_size, ctx.shift
     )
-    return grad_qkv, grad_table, None, None, None
+    return grad_qkv, grad_table, None, None, None, None
 
 
 torch.library.register_autograd('ppsr::window_attention', _autograd, setup_context=_setup_context)
 
 
 def attention_macs(tokens: int, channels: int, window_size: int) -> int:
-    """Multiply-adds of q·kᵀ and A·v: each token attends to the window_size² tokens of its window."""
+    """Multiply-adds of q·kᵀ and A·v: each of the `tokens` that ask attends to the window_size² tokens of its window."""
     return 2 * tokens * window_size**2 * channels
 
 
-@register_flop_formula(torch.ops.ppsr.window_attention)
-def _flops(qkv_shape, bias_shape, num_heads, window_size, shift, **kwargs) -> int:
-    batch, h, w, c3 = qkv_shape
-    return 2 * attention_macs(batch * h * w, c3 // 3, window_size)
+def _asking(qkv: Tensor, pure: Tensor | None) -> int:
+    tokens = qkv.shape[:3].numel()
+    # shapes alone tell no more: the dense count
+    return tokens - int(pure.sum()) if pure is not None and has_data(pure) else tokens
 
 
-# the counter passes the shape of the result as out_shape, so no parameter here may be called that
-@register_flop_formula(torch.ops.ppsr.window_attention_backward)
-def _flops_backward(
-    grad_shape, qkv_shape, forward_shape, lse_shape, bias_shape, num_heads, window_size, shift, **kwargs
-) -> int:
-    batch, h, w, c3 = qkv_shape  # five products where the forward has two
-    return 5 * attention_macs(batch * h * w, c3 // 3, window_size)
+@register_flop_formula(torch.ops.ppsr.window_attention, get_raw=True)
+def _flops(qkv, bias_table, pure, num_heads, window_size, *args, **kwargs) -> int:
+    return 2 * attention_macs(_asking(qkv, pure), qkv.shape[3] // 3, window_size)
 
 
-def window_attention(qkv: Tensor, bias_table: Tensor, *, num_heads: int, window_size: int, shift: int = 0) -> Tensor:
+@register_flop_formula(torch.ops.ppsr.window_attention_backward, get_raw=True)
+def _flops_backward(grad_out, qkv, out, lse, bias_table, pure, num_heads, window_size, *args, **kwargs) -> int:
+    # five products where the forward has two
+    return 5 * attention_macs(_asking(qkv, pure), qkv.shape[3] // 3, window_size)
+
+
+def window_attention(
+    qkv: Tensor,
+    bias_table: Tensor,
+    *,
+    num_heads: int,
+    window_size: int,
+    shift: int = 0,
+    pure: Tensor | None = None,
+) -> Tensor:
     """Self-attention inside the windows of a map (Swin, sec. 3.2; ATD uses it as SW-MSA).
 
     With a shift the window grid is moved by (shift, shift) cyclically, and pairs of tokens that were not neighbours
     before (they meet only by wrapping around a border) get −100 on their logit. Per head:
     softmax(q·kᵀ/√d + bias [− 100])·v. Only the reference backend computes such pairs; the others leave them out,
     which changes their weight of about e^−100 ≈ 4e-44 (a denormal number, and arithmetic on those is slow) to 0.
+
+    A pure token asks nothing: its output is zeros, for the caller to fill with what it gets instead. It stays where it
+    is as key and value for the other tokens of its window.
 
     Args:
         qkv: (B, H, W, 3·C), H and W multiples of window_size, heads contiguous inside q, k and v. Any float dtype.
@@ -101,9 +118,10 @@ def window_attention(qkv: Tensor, bias_table: Tensor, *, num_heads: int, window_
         num_heads: C is divided into this many heads of d channels.
         window_size: side of a window.
         shift: 0 ≤ shift < window_size.
+        pure: (B, H, W) bool, True = asks nothing, or None when every token asks.
 
     Returns:
-        (B, H, W, C), dtype of qkv, tokens where they were, not yet projected.
+        (B, H, W, C), dtype of qkv, tokens where they were, not yet projected; zeros for the pure ones.
 
     Raises:
         ValueError: a shape, dtype, device or value that does not fit; the message names it.
@@ -125,5 +143,10 @@ def window_attention(qkv: Tensor, bias_table: Tensor, *, num_heads: int, window_
         )
     if not 0 <= shift < window_size:
         raise ValueError(f'shift must lie in [0, window_size={window_size}), got {shift}')
+    if pure is not None and (pure.shape != qkv.shape[:3] or pure.dtype != torch.bool or pure.device != qkv.device):
+        raise ValueError(
+            f'pure must be bool {tuple(qkv.shape[:3])} on {qkv.device}, '
+            f'got {pure.dtype} {tuple(pure.shape)} on {pure.device}'
+        )
     # backends get rows side by side in memory; no copy for the output of a linear layer
-    return torch.ops.ppsr.window_attention(qkv.contiguous(), bias_table, num_heads, window_size, shift)[0]
+    return torch.ops.ppsr.window_attention(qkv.contiguous(), bias_table, pure, num_heads, window_size, shift)[0]

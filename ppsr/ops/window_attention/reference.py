@@ -66,20 +66,31 @@ def _logits(q: Tensor, k: Tensor, bias_table: Tensor, shape, window_size: int, s
     return logits
 
 
-def forward(qkv, bias_table, num_heads, window_size, shift):
+def _asks(pure: Tensor | None, window_size: int, shift: int) -> Tensor | None:
+    """(B, H, W) -> (B·n, 1, S, 1) bool: which queries are computed."""
+    return None if pure is None else ~_heads(pure[..., None], window_size, shift, 1)
+
+
+def forward(qkv, bias_table, pure, num_heads, window_size, shift):
     h, w = qkv.shape[1:3]
     q, k, v = (_heads(x, window_size, shift, num_heads) for x in qkv.chunk(3, -1))
     logits = _logits(q, k, bias_table, qkv.shape[:3], window_size, shift)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     lse = _back(wide.logsumexp(-1, keepdim=True), window_size, shift, h, w)  # (B, H, W, h)
-    return _back(logits.softmax(-1) @ v, window_size, shift, h, w), lse.permute(0, 3, 1, 2).contiguous()
+    out = _back(logits.softmax(-1) @ v, window_size, shift, h, w)
+    if pure is not None:
+        out, lse = (x.masked_fill(pure[..., None], 0) for x in (out, lse))
+    return out, lse.permute(0, 3, 1, 2).contiguous()
 
 
-def backward(grad_out, qkv, out, lse, bias_table, num_heads, window_size, shift):
+def backward(grad_out, qkv, out, lse, bias_table, pure, num_heads, window_size, shift):
     h, w = qkv.shape[1:3]
     q, k, v = (_heads(x, window_size, shift, num_heads) for x in qkv.chunk(3, -1))
     o, do = (_heads(x, window_size, shift, num_heads) for x in (out, grad_out))
     p = _logits(q, k, bias_table, qkv.shape[:3], window_size, shift).softmax(-1)
+    asks = _asks(pure, window_size, shift)
+    if asks is not None:
+        q, p, do = (x.masked_fill(~asks, 0) for x in (q, p, do))
     ds = p * (do @ v.transpose(-2, -1) - (do * o).sum(-1, keepdim=True))  # gradient of the logits
     scale = q.shape[-1] ** -0.5
     grads = ds @ k * scale, ds.transpose(-2, -1) @ q * scale, p.transpose(-2, -1) @ do

@@ -5,6 +5,8 @@ cutting the map itself at the moved grid lines: the tiles along the border are s
 everything may attend to everything. The bias depends on offsets alone, so a smaller tile uses the middle of the table.
 The masked pairs, e^−100 in the definition, are never computed.
 
+Pure tokens: tiles in which nobody asks are left out; in the others, the rows of those who do not are overwritten.
+
 The bias matrix is built anew in every call, from views: 0.1 ms at 16×16 and 4 heads, too little to keep a cache of
 parameters that may change behind its back (an average of weights kept through ``.data`` leaves no trace).
 """
@@ -79,7 +81,28 @@ def _table_row(window_size: int, height: int, width: int, device: torch.device) 
     return index[:height, :width, :height, :width].flatten()
 
 
-def forward(qkv, bias_table, num_heads, window_size, shift):
+def _asking(tiles: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of a mask of pure tokens, tiles (B, rows, columns, height, width): which tiles have a token that asks, or None if
+    all have; and in those, which tokens are pure, (tiles, 1, tokens), or None if none is."""
+    pure = tiles.flatten(0, 2).flatten(1)
+    some = ~pure.all(1)
+    if some.all():
+        some = None
+    else:
+        pure = pure[some]
+    return some, pure[:, None] if pure.any() else None
+
+
+def _select(x: Tensor, some: Tensor | None) -> Tensor:
+    return x if some is None else x[some]
+
+
+def _expand(x: Tensor, some: Tensor | None) -> Tensor:
+    """The inverse of :func:`_select`, with zeros for the others."""
+    return x if some is None else x.new_zeros(len(some), *x.shape[1:]).index_put_((some,), x)
+
+
+def forward(qkv, bias_table, pure, num_heads, window_size, shift):
     *shape, c3 = qkv.shape
     out = qkv.new_empty(*shape, c3 // 3)
     lse = torch.empty(shape[0], num_heads, *shape[1:], dtype=torch_attention.wide(qkv.dtype), device=qkv.device)
@@ -88,14 +111,17 @@ def forward(qkv, bias_table, num_heads, window_size, shift):
         bias = _bias(bias_table, window_size, kind[0][1], kind[1][1], lse.dtype)
         source, target, target_lse = (_tiles(x, *kind) for x in (qkv, out, lse.permute(0, 2, 3, 1)))
         for part in _parts(source):
-            q, k, v = _get(source[part], 3 * num_heads).chunk(3, 1)
+            some, exempt = (None, None) if pure is None else _asking(_tiles(pure, *kind)[part])
+            q, k, v = _select(_get(source[part], 3 * num_heads), some).chunk(3, 1)
             o, part_lse = torch_attention.attention(q, k, v, scale, bias)
-            _put(target[part], o)
-            _put(target_lse[part], part_lse[..., None])
+            if exempt is not None:
+                o, part_lse = o.masked_fill(exempt[..., None], 0), part_lse.masked_fill(exempt, 0)
+            _put(target[part], _expand(o, some))
+            _put(target_lse[part], _expand(part_lse, some)[..., None])
     return out, lse
 
 
-def backward(grad_out, qkv, out, lse, bias_table, num_heads, window_size, shift):
+def backward(grad_out, qkv, out, lse, bias_table, pure, num_heads, window_size, shift):
     c = out.shape[3]
     grad_qkv = torch.empty_like(qkv)
     grad_table = torch.zeros(bias_table.shape[::-1], dtype=lse.dtype, device=qkv.device)  # (h, offsets)
@@ -108,12 +134,17 @@ def backward(grad_out, qkv, out, lse, bias_table, num_heads, window_size, shift)
         maps = (grad_out, qkv, out, lse.permute(0, 2, 3, 1), grad_qkv)
         grad_source, source, output, source_lse, target = (_tiles(x, *kind) for x in maps)
         for part in _parts(source):
-            q, k, v = _get(source[part], 3 * num_heads).chunk(3, 1)
-            do, o, part_lse = (_get(x[part], num_heads) for x in (grad_source, output, source_lse))
+            some, exempt = (None, None) if pure is None else _asking(_tiles(pure, *kind)[part])
+            q, k, v = _select(_get(source[part], 3 * num_heads), some).chunk(3, 1)
+            do, o, part_lse = (_select(_get(x[part], num_heads), some) for x in (grad_source, output, source_lse))
+            part_lse = part_lse[..., 0]
+            if exempt is not None:  # a logit of 0 against an endless log-sum-exp: probability 0
+                q, do = (x.masked_fill(exempt[..., None], 0) for x in (q, do))
+                part_lse = part_lse.masked_fill(exempt, torch.finfo(part_lse.dtype).max)
             dq, dk, dv = torch_attention.attention_backward(
-                do, q, k, v, o, part_lse[..., 0], scale, probabilities, bias, grad_bias
+                do, q, k, v, o, part_lse, scale, probabilities, bias, grad_bias
             )
             for x, grad in zip(target[part].split(c, -1), (dq.mul_(scale), dk, dv)):
-                _put(x, grad)
+                _put(x, _expand(grad, some))
         grad_table.index_add_(1, _table_row(window_size, height, width, qkv.device), grad_bias.flatten(1))
     return grad_qkv, grad_table.t().to(bias_table.dtype).contiguous()

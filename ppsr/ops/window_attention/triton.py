@@ -5,6 +5,9 @@ pairs the cyclic shift alone brought together; those are left out (the definitio
 from the small table of offsets, never expanded. One program serves a head and a block of queries (or keys) of a
 window.
 
+Pure tokens ask nothing. Where there are any, the places of a window are sorted on the device, those that ask first, and
+programs serve blocks of that order: a block in which nobody asks returns at once. The host reads nothing back.
+
 The backward pass recomputes the probabilities from the log-sum-exp: dq by query blocks, dk and dv by key blocks, and
 the gradient of the bias by pairs of blocks, a program adding up every SPLITSth window. The matrix of pairs that is left
 for each head is folded onto the table by adding along diagonals. No atomics: the same bits in every run.
@@ -59,11 +62,25 @@ def _program(BLOCK: tl.constexpr, NUM_HEADS: tl.constexpr, WINDOW: tl.constexpr)
 
 
 @triton.jit
+def _asking(order, counts, image, window, place, height, width, MASKED: tl.constexpr, WINDOW: tl.constexpr):
+    """The places of the window at positions `place` of its order, and which of them ask; MASKED: some do not."""
+    tokens: tl.constexpr = WINDOW * WINDOW
+    asked = place < tokens
+    if MASKED:
+        number = image * (height * width // tokens) + window
+        asked = place < tl.load(counts + number)
+        place = tl.load(order + number * tokens + place, mask=asked, other=0)
+    return place, asked
+
+
+@triton.jit
 def _forward_kernel(
     qkv,
     table,
     out,
     lse,
+    order,
+    counts,
     height,
     width,
     shift,
@@ -72,6 +89,7 @@ def _forward_kernel(
     stride_h,
     stride_w,
     stride_c,
+    MASKED: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -81,7 +99,10 @@ def _forward_kernel(
 ):
     channels: tl.constexpr = NUM_HEADS * HEAD_DIM
     image, head, window, place = _program(BLOCK_M, NUM_HEADS, WINDOW)
-    row, column, region, offset, asked = _places(window, place, height, width, shift, WINDOW)
+    place, asked = _asking(order, counts, image, window, place, height, width, MASKED, WINDOW)
+    if MASKED and tl.max(asked.to(tl.int32)) == 0:
+        return
+    row, column, region, offset, _ = _places(window, place, height, width, shift, WINDOW)
     qkv += image * stride_b
     out += image * height * width * channels
     lse += (image * NUM_HEADS + head) * height * width
@@ -121,6 +142,8 @@ def _query_gradient_kernel(
     lse,
     delta,
     grad_qkv,
+    order,
+    counts,
     height,
     width,
     shift,
@@ -133,6 +156,7 @@ def _query_gradient_kernel(
     grad_stride_h,
     grad_stride_w,
     grad_stride_c,
+    MASKED: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -143,7 +167,10 @@ def _query_gradient_kernel(
     """dq, and delta = rowsum(dO ∘ O) for the other two kernels."""
     channels: tl.constexpr = NUM_HEADS * HEAD_DIM
     image, head, window, place = _program(BLOCK_M, NUM_HEADS, WINDOW)
-    row, column, region, offset, asked = _places(window, place, height, width, shift, WINDOW)
+    place, asked = _asking(order, counts, image, window, place, height, width, MASKED, WINDOW)
+    if MASKED and tl.max(asked.to(tl.int32)) == 0:
+        return
+    row, column, region, offset, _ = _places(window, place, height, width, shift, WINDOW)
     qkv += image * stride_b
     grad_qkv += image * grad_stride_b
     out += image * height * width * channels
@@ -185,6 +212,8 @@ def _key_gradient_kernel(
     lse,
     delta,
     grad_qkv,
+    order,
+    counts,
     height,
     width,
     shift,
@@ -197,6 +226,7 @@ def _key_gradient_kernel(
     grad_stride_h,
     grad_stride_w,
     grad_stride_c,
+    MASKED: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -221,9 +251,13 @@ def _key_gradient_kernel(
     v = load(qkv, row * stride_h + column * stride_w, counted, at_v, HEAD_DIM, BLOCK_D, stride_c)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for start in range(0, WINDOW * WINDOW, BLOCK_M):
+    asking = WINDOW * WINDOW
+    if MASKED:
+        asking = tl.load(counts + image * (height * width // (WINDOW * WINDOW)) + window)
+    for start in range(0, asking, BLOCK_M):
         query_place = start + tl.arange(0, BLOCK_M)
-        y, x, query_region, query_offset, asked = _places(window, query_place, height, width, shift, WINDOW)
+        query_place, asked = _asking(order, counts, image, window, query_place, height, width, MASKED, WINDOW)
+        y, x, query_region, query_offset, _ = _places(window, query_place, height, width, shift, WINDOW)
         token = y * width + x
         q = load(qkv, y * stride_h + x * stride_w, asked, at_q, HEAD_DIM, BLOCK_D, stride_c)
         do = load(grad_out, token * channels, asked, at_q, HEAD_DIM, BLOCK_D, 1)
@@ -249,6 +283,7 @@ def _bias_gradient_kernel(
     lse,
     delta,
     grad_bias,
+    pure,
     num_windows,
     height,
     width,
@@ -258,6 +293,7 @@ def _bias_gradient_kernel(
     stride_h,
     stride_w,
     stride_c,
+    MASKED: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -284,6 +320,8 @@ def _bias_gradient_kernel(
         row, column, region, offset, asked = _places(i % windows, query_place, height, width, shift, WINDOW)
         y, x, key_region, key_offset, counted = _places(i % windows, key_place, height, width, shift, WINDOW)
         token = (image * height + row) * width + column
+        if MASKED:
+            asked &= tl.load(pure + token, mask=asked, other=1) == 0
         at = (image * NUM_HEADS + head) * height * width + row * width + column
         start = image * stride_b
         q = load(qkv + start, row * stride_h + column * stride_w, asked, at_q, HEAD_DIM, BLOCK_D, stride_c)
@@ -310,43 +348,58 @@ def _offsets(x: Tensor) -> Tensor:
     return rows.unflatten(-1, (s, 2 * s - 1)).sum(-2)
 
 
-def _common(qkv: Tensor, num_heads: int, window_size: int, shift: int):
+def _order(pure: Tensor | None, window_size: int, shift: int) -> tuple[Tensor | None, Tensor | None]:
+    """Places of every window, those that ask first, (B, windows, S), and how many these are, (B, windows); int32."""
+    if pure is None:
+        return None, None
+    pure = torch.roll(pure, (-shift, -shift), (1, 2)) if shift else pure
+    pure = pure.unflatten(2, (-1, window_size)).unflatten(1, (-1, window_size)).transpose(2, 3).flatten(3).flatten(1, 2)
+    order = pure.to(torch.uint8).argsort(dim=2, stable=True).to(torch.int32)
+    return order, (~pure).sum(2, dtype=torch.int32)
+
+
+def _common(qkv: Tensor, pure: Tensor | None, num_heads: int, window_size: int, shift: int):
     """What all launches share: sizes and strides, constants, and the number of blocks of one image."""
     _, h, w, c3 = qkv.shape
     head_dim = c3 // 3 // num_heads
     numbers = (h, w, shift, head_dim**-0.5, *qkv.stride())
     constants = config(qkv.dtype, head_dim, window_size**2, LARGEST_BLOCK)
-    constants |= {'NUM_HEADS': num_heads, 'HEAD_DIM': head_dim, 'WINDOW': window_size}
+    constants |= {'NUM_HEADS': num_heads, 'HEAD_DIM': head_dim, 'WINDOW': window_size, 'MASKED': pure is not None}
     blocks = triton.cdiv(window_size**2, constants['BLOCK_M'])  # BLOCK_N is the same
     return numbers, constants, blocks
 
 
-def forward(qkv, bias_table, num_heads, window_size, shift):
+def forward(qkv, bias_table, pure, num_heads, window_size, shift):
     batch, h, w, c3 = qkv.shape
-    out = qkv.new_empty(batch, h, w, c3 // 3)
-    lse = qkv.new_empty(batch, num_heads, h, w, dtype=torch.float32)
-    numbers, constants, blocks = _common(qkv, num_heads, window_size, shift)
+    new = qkv.new_empty if pure is None else qkv.new_zeros  # the rows of pure tokens are not written
+    out, lse = new(batch, h, w, c3 // 3), new(batch, num_heads, h, w, dtype=torch.float32)
+    numbers, constants, blocks = _common(qkv, pure, num_heads, window_size, shift)
     grid = (h * w // window_size**2 * blocks * num_heads, batch)
     with torch.cuda.device_of(qkv):
-        _forward_kernel[grid](qkv, bias_table.contiguous(), out, lse, *numbers, **constants)
+        asking = _order(pure, window_size, shift)
+        _forward_kernel[grid](qkv, bias_table.contiguous(), out, lse, *asking, *numbers, **constants)
     return out, lse
 
 
-def backward(grad_out, qkv, out, lse, bias_table, num_heads, window_size, shift):
+def backward(grad_out, qkv, out, lse, bias_table, pure, num_heads, window_size, shift):
     batch, h, w, _ = qkv.shape
     grad_out, out, table = grad_out.contiguous(), out.contiguous(), bias_table.contiguous()
     grad_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    numbers, constants, blocks = _common(qkv, num_heads, window_size, shift)
+    if pure is not None:  # the queries of pure tokens are not written
+        pure = pure.contiguous()
+        grad_qkv.zero_()
+    numbers, constants, blocks = _common(qkv, pure, num_heads, window_size, shift)
     windows = h * w // window_size**2
     grid = (windows * blocks * num_heads, batch)
     splits = min(SPLITS, windows * batch)
     pairs = qkv.new_empty(splits, num_heads, window_size**2, window_size**2, dtype=torch.float32)
     with torch.cuda.device_of(qkv):
-        grad = (grad_qkv, *numbers, *grad_qkv.stride())
+        asking = _order(pure, window_size, shift)
+        grad = (grad_qkv, *asking, *numbers, *grad_qkv.stride())
         _query_gradient_kernel[grid](grad_out, qkv, table, out, lse, delta, *grad, **constants)
         _key_gradient_kernel[grid](grad_out, qkv, table, lse, delta, *grad, **constants)
         _bias_gradient_kernel[blocks**2 * num_heads, splits](
-            grad_out, qkv, table, lse, delta, pairs, windows * batch, *numbers, **constants
+            grad_out, qkv, table, lse, delta, pairs, pure, windows * batch, *numbers, **constants
         )
     pairs = pairs.sum(0).view(num_heads, *[window_size] * 4).transpose(2, 3)  # (h, y, y', x, x')
     by_column = _offsets(pairs)  # (h, y, y', offset in x)
