@@ -1,10 +1,14 @@
-"""What has to be mended so that basicsr 1.4.2 (the newest on PyPI) imports on today's torch, torchvision and Python.
+"""What has to be mended so that basicsr 1.4.2 (the newest on PyPI) imports on today's torch, torchvision and Python,
+and so that no file that it reads runs code.
 
 Imported before anything of basicsr. Every work-around is applied only where its breakage is really there, says why it
 exists and when it can go, and is listed by ``ppsr doctor`` (:func:`report`). Nothing else is changed in basicsr: what
-it does wrong at run time is done right in our own subclasses (``ppsr/models``, ``ppsr/train.py``), not patched.
+it does wrong at run time is done right in our own subclasses (``ppsr/models``, ``ppsr/training``), not patched. torch
+and torchvision themselves are left as they are: other programs in the process see nothing of this.
 """
 
+import functools
+import importlib
 import importlib.util
 import re
 import sys
@@ -83,13 +87,75 @@ def _distutils() -> WorkAround:
     )
 
 
+# every module of basicsr that calls torch.load when it is imported, or builds a network or a model
+_LOADING = (
+    'models.base_model',
+    'archs.basicvsr_arch',
+    'archs.dfdnet_arch',
+    'archs.inception',
+    'archs.spynet_arch',
+    'archs.tof_arch',
+    'archs.vgg_arch',
+)
+
+
+class _StandIn(types.ModuleType):
+    """A module as seen from basicsr: some names are replaced, all others are those of the module itself."""
+
+    def __init__(self, module: types.ModuleType, **replaced):
+        super().__init__(module.__name__, 'Stand-in made by ppsr.compat for basicsr 1.4.2.')
+        self.__dict__.update(replaced, _module=module)
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
+
+
+def _unpickling() -> WorkAround:
+    """basicsr reads weights with ``torch.load(path)``. What that executes is for torch's version and for an environment
+    variable to decide (everything before 2.6); here it is ``weights_only=True`` always."""
+    import torch
+    from torchvision.models import vgg
+
+    torch_for_basicsr = _StandIn(torch, load=functools.partial(torch.load, weights_only=True))
+    for name in _LOADING:
+        module = importlib.import_module(f'basicsr.{name}')
+        if isinstance(module.torch, types.ModuleType) and not isinstance(module.torch, _StandIn):
+            module.torch = torch_for_basicsr
+    inception = importlib.import_module('basicsr.archs.inception')
+    inception.load_url = functools.partial(torch.hub.load_state_dict_from_url, weights_only=True)
+    vgg_arch = importlib.import_module('basicsr.archs.vgg_arch')
+    builders = {name: functools.partial(_vgg, name) for name in vgg.__all__ if name.startswith('vgg')}
+    vgg_arch.vgg = _StandIn(vgg, **builders)
+    return WorkAround(
+        'torch.load without weights_only',
+        True,
+        True,
+        'basicsr leaves it to torch whether a weight file may run code: before 2.6 it may',
+        'basicsr passes weights_only=True',
+    )
+
+
+def _vgg(name: str, pretrained: bool = False):
+    """``torchvision.models.<name>(pretrained=…)``, with its published weights read as weights only."""
+    import torch
+    import torchvision
+
+    net = getattr(torchvision.models, name)(weights=None, **({'init_weights': False} if pretrained else {}))
+    if pretrained:
+        url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+        weights = torch.hub.load_state_dict_from_url(url, map_location='cpu', check_hash=True, weights_only=True)
+        net.load_state_dict(weights)
+    return net
+
+
 def apply() -> None:
-    """Make ``import basicsr`` work. Safe to call any number of times; the first call decides."""
+    """Make ``import basicsr`` work, and its loading safe. Safe to call any number of times; the first call decides."""
     if not _report:
-        _report.extend([_functional_tensor(), _distutils()])
+        _report.extend([_functional_tensor(), _distutils()])  # now it can be imported
+        _report.append(_unpickling())
 
 
 def report() -> list[WorkAround]:
-    """The known import breakages of basicsr 1.4.2, as found and handled in this process."""
+    """The known breakages of basicsr 1.4.2, as found and handled in this process."""
     apply()
     return list(_report)

@@ -1,5 +1,7 @@
 """``ppsr test``"""
 
+import sys
+
 from ppsr.cli.train import add_run_options, load
 
 
@@ -8,7 +10,14 @@ def configure(parser) -> None:
 
 
 def run(args) -> int:
-    from ppsr.training.test import test_pipeline
+    from ppsr.training.distributed import leave_dist
+    from ppsr.training.test import test_pipeline, without_score
 
-    test_pipeline(load(args, is_train=False))
-    return 0
+    opt, _ = load(args, is_train=False)
+    try:
+        bad = without_score(test_pipeline(opt))
+    finally:
+        leave_dist()
+    if bad and opt['rank'] == 0:
+        print(f'ppsr: error: {", ".join(bad)}: not every image has a score; the lines above say why.', file=sys.stderr)
+    return 1 if bad else 0

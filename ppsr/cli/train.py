@@ -1,8 +1,14 @@
 """``ppsr train``"""
 
+import contextlib
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 from ppsr.shipped import options_file
+
+MAX_OPTIONS = 2**24  # characters of an options file; a pipe may have no end
 
 
 def configure(parser) -> None:
@@ -20,26 +26,49 @@ def add_run_options(parser) -> None:
     )
 
 
-def load(args, is_train: bool) -> dict:
-    """Options of a run, with its data and its processes checked before anything is built."""
+def load(args, is_train: bool) -> tuple[dict, str | None]:
+    """Options of a run, with its data and its processes checked before anything is built; and the text of their file
+    where that cannot be read again."""
     import ppsr  # noqa: F401, registers
     from ppsr.data.checks import check_datasets
     from ppsr.training.distributed import init_dist
     from ppsr.training.options import load_options
 
-    opt = load_options(args.opt, is_train, args.force_yml, args.debug, getattr(args, 'auto_resume', False))
+    with _readable_twice(args.opt) as (path, text):
+        opt = load_options(path, is_train, args.force_yml, args.debug, getattr(args, 'auto_resume', False))
     check_datasets(opt)
     init_dist(opt, args.launcher)
-    return opt
+    return opt, text
+
+
+@contextlib.contextmanager
+def _readable_twice(path: str) -> Iterator[tuple[str, str | None]]:
+    """A pipe (``-opt <(…)``) is read once, into a file for the time of this block, and its text is returned, too."""
+    from ppsr.errors import UserError
+
+    if not Path(path).is_fifo():
+        yield path, None
+        return
+    with open(path, encoding='utf-8', errors='replace') as pipe:
+        text = pipe.read(MAX_OPTIONS)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, 'options.yml')
+        copy.write_text(text, encoding='utf-8')
+        try:
+            yield str(copy), text
+        except UserError as e:
+            raise UserError(str(e).replace(str(copy), path)) from e
 
 
 def run(args) -> int:
     from ppsr.training.distributed import leave_dist
     from ppsr.training.train import train_pipeline
 
-    opt = load(args, is_train=True)
-    stopped_by = train_pipeline(opt, args.opt)
-    leave_dist()
+    opt, text = load(args, is_train=True)
+    try:
+        stopped_by = train_pipeline(opt, args.opt, text)
+    finally:
+        leave_dist()
     if stopped_by is None:
         return 0
     if opt['rank'] == 0:

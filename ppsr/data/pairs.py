@@ -1,6 +1,7 @@
 """The LQ/GT pairs of a data set: found, checked and read, from folders or from LMDBs."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +9,11 @@ from ppsr.data.lmdb_store import open_lmdb, read_lmdb, read_meta_info
 from ppsr.errors import DataError
 from ppsr.images import image_size, list_images
 
-__all__ = ['FolderPairs', 'LmdbPairs', 'check_pair_sizes', 'open_pairs', 'option']
+__all__ = ['FolderPairs', 'LmdbPairs', 'check_pair_sizes', 'open_pairs', 'option', 'read_names']
+
+
+# where the name ends in a line of a meta-info file
+_META_SHAPE = re.compile(r'\s+\(\s*\d+\s*,\s*\d+\s*(?:,\s*\d+\s*)?\)(?=\s|$)')
 
 
 class FolderPairs:
@@ -17,7 +22,8 @@ class FolderPairs:
     Args:
         lq_folder, gt_folder: the folders.
         filename_tmpl: the LQ name (without suffix) of a GT name: ``'{}'``, or ``'{}x4'`` as in DIV2K's own LR folders.
-        meta_info_file: a file that names the GT images to use, one a line, first word; by default all in the folder.
+        meta_info_file: a file that names the GT images to use, one a line, before their shape; by default all in the
+            folder. Names may begin with subfolders; the LQ image lies in the same one, or in `lq_folder` itself.
 
     Raises:
         DataError: a folder is missing or empty, or images do not pair.
@@ -27,9 +33,13 @@ class FolderPairs:
         self.lq_folder, self.gt_folder = lq_folder, gt_folder
         if '{}' not in filename_tmpl:
             raise DataError(f"filename_tmpl must contain '{{}}', but is {filename_tmpl!r}.")
-        lq_names, gt_names = (_images_by_stem(folder) for folder in (lq_folder, gt_folder))
         if meta_info_file is not None:
-            gt_names = _select(gt_names, gt_folder, meta_info_file)
+            for folder in (lq_folder, gt_folder):
+                _require_folder(folder)
+            names = read_names(meta_info_file)
+            self._names = _pairs_of_names(lq_folder, gt_folder, filename_tmpl, names, meta_info_file)
+            return
+        lq_names, gt_names = (_images_by_stem(folder) for folder in (lq_folder, gt_folder))
         # sorted, so that an index means the same image on every file system
         partners = {stem: filename_tmpl.format(stem) for stem in sorted(gt_names)}
         without = [gt_names[stem] for stem, partner in partners.items() if partner not in lq_names]
@@ -39,7 +49,7 @@ class FolderPairs:
                 f'for example {without[0]!r} (filename_tmpl is {filename_tmpl!r}'
                 f'{_template_hint(without[0], lq_names)}).'
             )
-        extra = [] if meta_info_file is not None else sorted(set(lq_names) - set(partners.values()))
+        extra = sorted(set(lq_names) - set(partners.values()))
         if extra:
             raise DataError(
                 f'{len(extra)} of {len(lq_names)} images in {lq_folder} have no partner in {gt_folder}, '
@@ -69,11 +79,15 @@ class FolderPairs:
 class LmdbPairs:
     """Pairs of images in two LMDBs that have the same keys. May be pickled and shared by data sets and threads.
 
+    Args:
+        lq_lmdb, gt_lmdb: the LMDBs.
+        meta_info_file: a file that names the images to use, one a line; by default all.
+
     Raises:
         DataError: an LMDB is missing, broken or incomplete, or the keys differ.
     """
 
-    def __init__(self, lq_lmdb: str, gt_lmdb: str):
+    def __init__(self, lq_lmdb: str, gt_lmdb: str, meta_info_file: str | None = None):
         self.lq_folder, self.gt_folder = lq_lmdb, gt_lmdb
         self._lq_sizes, self._gt_sizes = (_complete_meta_info(path) for path in (lq_lmdb, gt_lmdb))
         differing = sorted(self._lq_sizes.keys() ^ self._gt_sizes.keys())
@@ -84,6 +98,14 @@ class LmdbPairs:
                 f'for example {differing[0]!r} in {here}.'
             )
         self._keys = sorted(self._gt_sizes)
+        if meta_info_file is not None:
+            wanted = {os.path.splitext(name)[0] for name in read_names(meta_info_file)}
+            if missing := sorted(wanted - self._gt_sizes.keys()):
+                raise DataError(
+                    f'meta_info_file {meta_info_file} names {len(missing)} images that are not in {gt_lmdb}, '
+                    f'for example {missing[0]!r}.'
+                )
+            self._keys = sorted(wanted)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -129,20 +151,16 @@ def open_pairs(opt: Mapping) -> FolderPairs | LmdbPairs:
     lq, gt = option(opt, 'dataroot_lq'), option(opt, 'dataroot_gt')
     backend = opt.get('io_backend') or {'type': 'disk'}
     kind = backend.get('type') if isinstance(backend, Mapping) else backend
+    meta_info_file = option(opt, 'meta_info_file') if opt.get('meta_info_file') is not None else None
     if kind == 'lmdb':
-        return LmdbPairs(lq, gt)
+        return LmdbPairs(lq, gt, meta_info_file)
     if kind != 'disk':
         raise DataError(f'io_backend of data set {opt.get("name")!r} must have type disk or lmdb, not {kind!r}.')
     for path in (lq, gt):
         if path.rstrip('/').endswith('.lmdb'):
             raise DataError(f'{path} is an LMDB: set "io_backend: {{type: lmdb}}" for data set {opt.get("name")!r}.')
-    meta_info_file = opt.get('meta_info_file')
-    return FolderPairs(
-        lq,
-        gt,
-        option(opt, 'filename_tmpl') if opt.get('filename_tmpl') is not None else '{}',
-        option(opt, 'meta_info_file') if meta_info_file is not None else None,
-    )
+    template = option(opt, 'filename_tmpl') if opt.get('filename_tmpl') is not None else '{}'
+    return FolderPairs(lq, gt, template, meta_info_file)
 
 
 def check_pair_sizes(
@@ -182,38 +200,84 @@ def check_pair_sizes(
             raise DataError(f'{gt_path} ({gt_h}x{gt_w}) is smaller than the training patch (gt_size {gt_size}).')
 
 
-def _images_by_stem(folder: str) -> dict[str, str]:
+def _require_folder(folder: str) -> None:
     if not os.path.exists(folder):
         raise DataError(f'Folder {folder} does not exist: make the data set with "ppsr prepare", or correct the path.')
+
+
+def _images_by_stem(folder: str, or_none: bool = False) -> dict[str, str]:
+    _require_folder(folder)
     by_stem: dict[str, str] = {}
     for name in list_images(folder):
         stem = os.path.splitext(name)[0]
         if stem in by_stem:
             raise DataError(f'{folder} holds both {by_stem[stem]!r} and {name!r}: images are told apart by their stem.')
         by_stem[stem] = name
-    if not by_stem:
+    if not by_stem and not or_none:
         raise DataError(f'Folder {folder} holds no images.')
     return by_stem
 
 
-def _select(gt_names: dict[str, str], gt_folder: str, meta_info_file: str) -> dict[str, str]:
-    """The images that a meta-info file names."""
+def read_names(meta_info_file: str) -> list[str]:
+    """The image names in a meta-info file, each once, in the order of the file.
+
+    A line is a name and, behind blanks or tabs, the shape ``(h,w,c)`` and what else there may be. Names may hold
+    blanks; a tab ends one.
+
+    Raises:
+        DataError: it cannot be read, or names no images.
+    """
     try:
-        with open(meta_info_file, encoding='utf-8') as lines:
-            # the name ends before the shape, not at the first space: names may hold spaces
-            wanted = [line.strip().rsplit(' (', 1)[0] for line in lines if line.strip()]
+        with open(meta_info_file, encoding='utf-8-sig') as lines:  # an editor on Windows begins it with a mark
+            names = [_META_SHAPE.split(line.strip().split('\t')[0])[0].rstrip() for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f'meta_info_file {meta_info_file} cannot be read ({_reason(error)}).') from error
-    if not wanted:
+    if not names:
         raise DataError(f'meta_info_file {meta_info_file} names no images.')
-    selected = {os.path.splitext(name)[0]: name for name in wanted}
-    missing = [name for stem, name in selected.items() if gt_names.get(stem) != name]
+    return list(dict.fromkeys(names))
+
+
+def _pairs_of_names(
+    lq_folder: str, gt_folder: str, filename_tmpl: str, names: list[str], meta_info_file: str
+) -> list[tuple[str, str]]:
+    """(LQ, GT) names in their folders for the GT images that a meta-info file names, sorted."""
+    where, pairs, listed = f'meta_info_file {meta_info_file}', {}, {}
+
+    def images(root: str, sub: str) -> dict[str, str]:
+        folder = os.path.join(root, sub)
+        if folder not in listed:
+            listed[folder] = _images_by_stem(folder, or_none=True) if not sub or os.path.isdir(folder) else {}
+        return listed[folder]
+
+    missing, without = [], []
+    for name in names:
+        sub, base = os.path.split(os.path.normpath(name))
+        if os.path.isabs(name) or sub.split(os.sep)[0] == os.pardir:
+            raise DataError(f'{where} names {name!r}, which lies outside of {gt_folder}.')
+        stem = os.path.splitext(base)[0]
+        if images(gt_folder, sub).get(stem) != base:
+            missing.append(name)
+            continue
+        partner = filename_tmpl.format(stem)
+        for lq_sub in dict.fromkeys([sub, '']):  # BasicSR looks in the folder itself
+            if lq := images(lq_folder, lq_sub).get(partner):
+                pairs[os.path.join(sub, base)] = os.path.join(lq_sub, lq)
+                break
+        else:
+            without.append(name)
     if missing:
+        raise DataError(f'{where} names {len(missing)} images that are not in {gt_folder}, for example {missing[0]!r}.')
+    if without:
         raise DataError(
-            f'meta_info_file {meta_info_file} names {len(missing)} images that are not in {gt_folder}, '
-            f'for example {missing[0]!r}.'
+            f'{len(without)} of {len(names)} images that {where} names have no partner in {lq_folder}, '
+            f'for example {without[0]!r} (filename_tmpl is {filename_tmpl!r}'
+            f'{_template_hint(os.path.basename(without[0]), images(lq_folder, ""))}).'
         )
-    return selected
+    used: dict[str, str] = {}
+    for gt, lq in pairs.items():
+        if (other := used.setdefault(lq, gt)) != gt:
+            raise DataError(f'{where}: {other!r} and {gt!r} would both be paired with {lq!r} in {lq_folder}.')
+    return [(pairs[gt], gt) for gt in sorted(pairs)]
 
 
 def _template_hint(gt_name: str, lq_names: dict[str, str]) -> str:

@@ -1,7 +1,10 @@
 """The BasicSR model around PP-ATD-light: an SRModel that counts what Pure-Pass saves and loads weights safely."""
 
 import contextlib
+import copy
 import json
+import math
+import pickle
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ from basicsr.metrics import calculate_metric
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger, tensor2img
 from basicsr.utils.registry import MODEL_REGISTRY
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
@@ -24,8 +27,8 @@ from ppsr.atomic import atomic_path
 from ppsr.errors import UserError
 from ppsr.registry import register
 from ppsr.tiling import DEFAULT_OVERLAP, tiled_forward
-from ppsr.training import checkpoints
-from ppsr.training.distributed import any_process, from_all
+from ppsr.training import checkpoints, resume
+from ppsr.training.distributed import any_process, from_all, from_first, raise_in_all
 from ppsr.training.optimizers import muon_for
 from ppsr.weights import load_into, read_checkpoint, resolve
 
@@ -53,7 +56,10 @@ class PurePassSRModel(SRModel):
     - ``train.grad_clip_norm``: gradients are scaled down to this norm; ``train.amp``: bf16 or fp16 autocast of the
       network, losses and weights stay float32;
     - a loss or gradient that is not finite skips the step and writes the file names of the batch to nonfinite.jsonl
-      beside the log; the ``train.max_nonfinite``-th one (default 10) ends the training;
+      beside the log; the ``train.max_nonfinite``-th one (default 10) ends the training; weights that are no longer
+      finite after a step end it at once;
+    - an output that is not finite is never scored: its image and the weights are named, the metrics are NaN;
+    - on resuming the options count: where they ask for other settings than the state was saved with, that is said;
     - checkpoints written atomically, with all that a resumed training needs to go on as if it had not been interrupted
       (:mod:`ppsr.training.checkpoints`); ``logger.keep_last`` of them are kept.
 
@@ -64,6 +70,7 @@ class PurePassSRModel(SRModel):
         self.position: dict = {}  # where in the epoch the training stands; the training loop's, kept in the state
         self.nonfinite = 0  # steps skipped so far
         self.best_metric_results: dict = {}
+        self.unscored: list[str] = []  # images whose output was not finite, with the reason
         self.stop_requested = lambda: False  # the training loop's; a validation ends early when it says so
         with _as_user_error('the model cannot be built from these options'):
             super().__init__(opt)
@@ -86,7 +93,15 @@ class PurePassSRModel(SRModel):
             warnings.filterwarnings('ignore', message='Grad strides do not match bucket view strides')
             devices = [torch.cuda.current_device()] if self.device.type == 'cuda' else None  # None: CPU with gloo
             return DistributedDataParallel(net, device_ids=devices, find_unused_parameters=unused)
-        return DataParallel(net) if self.opt['num_gpu'] > 1 else net
+        if self.opt['num_gpu'] > 1:
+            if self.is_train:
+                raise UserError(
+                    f'num_gpu is {self.opt["num_gpu"]}, and a process trains on one GPU: start one process for each '
+                    f'(torchrun --nproc_per_node={self.opt["num_gpu"]} ppsr/train.py -opt … --launcher pytorch), or '
+                    'set num_gpu: 1.'
+                )
+            get_root_logger().info('One GPU is used; torchrun starts a process for each (docs/reliability.md).')
+        return net
 
     def print_network(self, net):
         """Nothing here: __init__ logs the line that matters, and 24 layers in full would bury it."""
@@ -118,8 +133,21 @@ class PurePassSRModel(SRModel):
     # ------------------------------------------------------------------ training
 
     def init_training_settings(self):
-        super().init_training_settings()
         train = self.opt['train']
+        self.asked = {key: copy.deepcopy(train.get(key)) for key in ('optim_g', 'scheduler')}  # basicsr takes it apart
+        if name := first_not_finite(self.net_g):
+            path = self.opt['path'].get('pretrain_network_g')
+            raise UserError(f'{path or "the network"}: its weights are not finite (first {name}); start from others.')
+        try:
+            super().init_training_settings()
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as e:
+            if not train.get('perceptual_opt') or isinstance(e, torch.cuda.OutOfMemoryError):
+                raise
+            reason = (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip('.')
+            raise UserError(
+                f'train → perceptual_opt: the weights of its network can neither be read nor downloaded ({reason}); '
+                f'put them into {torch.hub.get_dir()}/checkpoints, or leave perceptual_opt out.'
+            ) from e
         self.amp_dtype = AMP.get(train.get('amp'))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
         self.grad_clip_norm = train.get('grad_clip_norm')
@@ -135,7 +163,7 @@ class PurePassSRModel(SRModel):
         """One step; none where the loss or the gradient is not finite.
 
         Raises:
-            UserError: that happened ``train.max_nonfinite`` times.
+            UserError: that happened ``train.max_nonfinite`` times, or the step made weights that are not finite.
         """
         self.optimizer_g.zero_grad()
         amp = contextlib.nullcontext()
@@ -162,6 +190,8 @@ class PurePassSRModel(SRModel):
         self.log_dict = self.reduce_loss_dict({name: loss.detach() for name, loss in losses.items()})
         if not finite:
             self._note_nonfinite(current_iter, losses)
+        elif name := first_not_finite(self.net_g):
+            self._refuse_weights(current_iter, name)
         elif self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
 
@@ -169,23 +199,31 @@ class PurePassSRModel(SRModel):
         self.nonfinite += 1
         values = {name: str(loss.item()) for name, loss in losses.items()}  # as text: JSON has no NaN
         batches = from_all({'losses': values, 'lq_path': list(self.lq_path)})
-        notes = Path(self.opt['path']['log'], 'nonfinite.jsonl')
-        if self.opt['rank'] == 0:
-            try:
-                with open(notes, 'a', encoding='utf-8') as file:
-                    file.write(json.dumps({'iter': current_iter, 'processes': batches}) + '\n')
-            except OSError as e:
-                raise UserError(f'{notes} cannot be written ({e.strerror or e}).') from e
+        folder, where = self.opt['path'].get('log'), ''
+        if folder is not None:  # a study has no log
+            notes = Path(folder, 'nonfinite.jsonl')
+            from_first(lambda: _append(notes, json.dumps({'iter': current_iter, 'processes': batches})))
+            where = f', file names in {notes}'
         get_root_logger().warning(
             f'iteration {current_iter}: the loss or its gradient is not finite ({values}); step skipped '
-            f'({self.nonfinite} of {self.max_nonfinite}), file names in {notes}.'
+            f'({self.nonfinite} of {self.max_nonfinite}){where}.'
         )
         if self.nonfinite >= self.max_nonfinite:
             raise UserError(
-                f'the loss or its gradient was not finite {self.nonfinite} times, last at iteration {current_iter} '
-                f'(file names in {notes}): lower the learning rate, set train → grad_clip_norm, or raise '
-                'train → max_nonfinite.'
+                f'the loss or its gradient was not finite {self.nonfinite} times, last at iteration {current_iter}'
+                f'{where}: lower the learning rate, set train → grad_clip_norm, or raise train → max_nonfinite.'
             )
+
+    def _refuse_weights(self, current_iter: int, name: str) -> None:
+        """The step has ruined the weights: they are not saved, and what was set is said."""
+        models = self.opt['path'].get('models')
+        last = models and checkpoints.newest_model(models)
+        rate = ', '.join(f'{rate:g}' for rate in self.get_current_learning_rate())
+        raise UserError(
+            f'iteration {current_iter}: the step at learning rate {rate} has made weights that are not finite (first '
+            f'{name}); set were train → optim_g: {self.asked["optim_g"]}, train → scheduler: {self.asked["scheduler"]}'
+            f'; {f"the last finite checkpoint is {last}" if last else "no checkpoint was saved before"}.'
+        )
 
     def _losses(self) -> OrderedDict:
         """Every term of the loss by its name in the log."""
@@ -210,27 +248,32 @@ class PurePassSRModel(SRModel):
         """Write models/net_g_<iter>.pth, then training_states/<iter>.state; -1 writes net_g_latest.pth alone."""
         latest = current_iter == -1
         random_states = None if latest else from_all(checkpoints.random_state())
-        if self.opt['rank'] != 0:
-            return
+        # what goes wrong on the disk of the first process ends all of them
+        from_first(lambda: self._write_checkpoint(epoch, 'latest' if latest else current_iter, random_states))
+
+    def _write_checkpoint(self, epoch: int, number: int | str, random_states: list | None) -> None:
         content = {'params': self._weights(self.net_g)}
         if hasattr(self, 'net_g_ema'):
             content['params_ema'] = self._weights(self.net_g_ema)
         paths = self.opt['path']
-        checkpoints.write(Path(paths['models'], f'net_g_{"latest" if latest else current_iter}.pth'), content)
-        if latest:
+        checkpoints.write(Path(paths['models'], f'net_g_{number}.pth'), content)
+        if number == 'latest':
             return
         state = {
             'epoch': epoch,
-            'iter': current_iter,
+            'iter': number,
             'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
             'schedulers': [scheduler.state_dict() for scheduler in self.schedulers],
+            'optimizer_types': [type(optimizer).__name__ for optimizer in self.optimizers],
+            'scheduler_types': [type(scheduler).__name__ for scheduler in self.schedulers],
+            'warmup_iter': self.opt['train'].get('warmup_iter', -1),
             'scaler': self.scaler.state_dict(),
             'best_metric_results': self.best_metric_results,
             'nonfinite': self.nonfinite,
             'position': self.position,
             'random_states': random_states,
         }
-        checkpoints.write(Path(paths['training_states'], f'{current_iter}.state'), state)
+        checkpoints.write(Path(paths['training_states'], f'{number}.state'), state)
         keep_last = self.opt['logger'].get('keep_last')
         if keep_last:
             metrics = (self.opt['val'] or {}).get('metrics') or {}
@@ -243,22 +286,58 @@ class PurePassSRModel(SRModel):
     def resume_training(self, resume_state):
         """Put back what :meth:`save` kept beside the weights. BasicSR's own states have only some of it.
 
+        Learning rate, schedule and the optimizer's other settings are those of the options; where the state was saved
+        with others a line says so, and the schedule is computed anew up to its iteration.
+
         Raises:
-            UserError: the state is that of another optimizer, scheduler or network.
+            UserError: the state is that of another optimizer or network.
         """
+        path = self.opt['path'].get('resume_state')
         try:
-            super().resume_training(resume_state)
-            self.scaler.load_state_dict(resume_state.get('scaler') or {})
+            for note in self._resume_optimizers(resume_state, path):
+                get_root_logger().warning(f'Resuming with {note}; the schedule is computed anew.')
+            if self.scaler.is_enabled() and resume_state.get('scaler'):
+                self.scaler.load_state_dict(resume_state['scaler'])
             self.best_metric_results = resume_state.get('best_metric_results') or {}
             self.nonfinite = resume_state.get('nonfinite', 0)
             random_states = resume_state.get('random_states') or []
             if self.opt['rank'] < len(random_states):
                 checkpoints.restore_random_state(random_states[self.opt['rank']])
-        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        except UserError:
+            raise
+        except Exception as e:  # torch and numpy take a strange state apart, each in its own way
             raise UserError(
-                f'training state {self.opt["path"]["resume_state"]} does not fit these options: {e}; resume with the '
+                f'training state {path} does not fit these options: {str(e) or type(e).__name__}; resume with the '
                 'network, optimizer and scheduler that it was saved with.'
             ) from e
+
+    def _resume_optimizers(self, state: dict, path) -> list[str]:
+        """Load optimizers and schedulers; returns the settings that differ, in words."""
+        saved, schedules = state['optimizers'], state['schedulers']
+        if len(saved) != len(self.optimizers) or len(schedules) != len(self.schedulers):
+            raise ValueError(f'it holds {len(saved)} optimizers and {len(schedules)} schedulers')
+        notes = []
+        types = state.get('optimizer_types') or [None] * len(saved)
+        for optimizer, content, kind in zip(self.optimizers, saved, types):
+            current = optimizer.state_dict()
+            resume.check_type(content, current, kind, type(optimizer).__name__, path)
+            for before, now in zip(content['param_groups'], current['param_groups']):
+                notes += resume.other_settings(before, now, 'train → optim_g')
+        kinds = state.get('scheduler_types') or [None] * len(schedules)
+        for scheduler, content, kind in zip(self.schedulers, schedules, kinds):
+            if kind not in (None, name := type(scheduler).__name__):
+                notes.append(f'train → scheduler → type {name} (the state was saved with {kind})')
+            notes += resume.other_settings(content, scheduler.state_dict(), 'train → scheduler')
+        warmup = self.opt['train'].get('warmup_iter', -1)
+        notes += resume.other_settings(state, {'warmup_iter': warmup}, 'train')
+        if notes:
+            resume.replay(lambda iteration: self.update_learning_rate(iteration, warmup), state['iter'])
+        for optimizer, content in zip(self.optimizers, saved):
+            resume.load_optimizer(optimizer, content, keep_settings=bool(notes))
+        if not notes:
+            for scheduler, content in zip(self.schedulers, schedules):
+                scheduler.load_state_dict(content)
+        return list(dict.fromkeys(notes))  # several groups may say the same
 
     # ------------------------------------------------------------------ validation
 
@@ -293,22 +372,39 @@ class PurePassSRModel(SRModel):
         metrics = val.get('metrics') or {}
         sums: dict[str, float] = {'images': 0, **dict.fromkeys(metrics, 0.0)}
         mine = range(rank, len(dataset), world_size)
-        for i in tqdm(mine, desc=name, unit='image', leave=False, disable=rank != 0 or not val.get('pbar', False)):
-            if self.stop_requested():
-                break
-            data = default_collate([dataset[i]])
-            self.feed_data(data)
-            self.test()
-            images = self._as_images()
-            for metric, options in metrics.items():
-                with _as_user_error(f'val → metrics → {metric}'):
-                    sums[metric] += calculate_metric(images, dict(options))
-            for statistic, value in self.statistics.items():
-                sums[statistic] = sums.get(statistic, 0.0) + value
-            if save_img:
-                _write_image(self._image_path(name, Path(data['lq_path'][0]).stem, current_iter), images['img'])
-            sums['images'] += 1
-            self._forget_images()
+        unscored, error = [], None
+        try:
+            for i in tqdm(mine, desc=name, unit='image', leave=False, disable=rank != 0 or not val.get('pbar', False)):
+                if self.stop_requested():
+                    break
+                data = default_collate([dataset[i]])
+                self.feed_data(data)
+                self.test()
+                path = data['lq_path'][0]
+                if self.output.isfinite().all():
+                    images = self._as_images()
+                    for metric, options in metrics.items():
+                        with _as_user_error(f'val → metrics → {metric}, {path}'):
+                            value = calculate_metric(images, dict(options))
+                        if math.isnan(value):
+                            unscored.append(f'{path}: {metric} is not a number. It has no score.')
+                        sums[metric] += value
+                    if save_img:
+                        _write_image(self._image_path(dataset, path, current_iter), images['img'])
+                else:
+                    sums.update(dict.fromkeys(metrics, math.nan))
+                    unscored.append(f'{path}: the output is not finite{self._why_not_finite()}. No score, no picture.')
+                for statistic, value in self.statistics.items():
+                    sums[statistic] = sums.get(statistic, 0.0) + value
+                sums['images'] += 1
+                self._forget_images()
+        except Exception as e:
+            error = e
+        raise_in_all(error, self.device)  # before the others wait for this one's sums
+        unscored = [sentence for of_process in from_all(unscored) for sentence in of_process]
+        for sentence in unscored:
+            get_root_logger().error(f'Validation {name}: {sentence}')
+        self.unscored += unscored
 
         if self.opt['dist']:
             keys = ['images', *metrics, *STATISTICS]
@@ -326,6 +422,11 @@ class PurePassSRModel(SRModel):
         if rank == 0:
             self._log_validation_metric_values(current_iter, name, tb_logger)
 
+    def _why_not_finite(self) -> str:
+        label = 'net_g_ema' if hasattr(self, 'net_g_ema') else 'net_g'
+        name = first_not_finite(getattr(self, label))
+        return f', because the weights of {label} are not (first {name})' if name else ', though the weights are'
+
     def _as_images(self) -> dict:
         """Result and ground truth as uint8 BGR images, under the names that basicsr's metrics take."""
         images = {'img': tensor2img([self.output.detach()])}
@@ -338,11 +439,17 @@ class PurePassSRModel(SRModel):
             if hasattr(self, attribute):
                 delattr(self, attribute)
 
-    def _image_path(self, dataset_name: str, image_name: str, current_iter) -> Path:
-        folder = Path(self.opt['path']['visualization'])
-        if self.opt['is_train']:
-            return folder / image_name / f'{image_name}_{current_iter}.png'
-        return folder / dataset_name / f'{image_name}_{self.opt["val"].get("suffix") or self.opt["name"]}.png'
+    def _image_path(self, dataset, lq_path: str, current_iter) -> Path:
+        """BasicSR's names. Images in subfolders, and those of several validation sets, get folders of their own."""
+        folder, name = Path(self.opt['path']['visualization']), dataset.opt['name']
+        image = Path(lq_path)
+        root = Path(dataset.opt.get('dataroot_lq') or image.parent)
+        inside = image.relative_to(root).parent if image.is_relative_to(root) else Path()
+        if not self.opt['is_train']:
+            return folder / name / inside / f'{image.stem}_{self.opt["val"].get("suffix") or self.opt["name"]}.png'
+        if sum(phase.startswith('val') for phase in self.opt.get('datasets', ())) > 1:
+            folder = folder / name
+        return folder / inside / image.stem / f'{image.stem}_{current_iter}.png'
 
     def _initialize_best_metric_results(self, dataset_name):
         record = self.best_metric_results.setdefault(dataset_name, {})
@@ -357,8 +464,36 @@ def _as_user_error(where: str) -> Iterator[None]:
     """What networks, losses, optimizers and metrics say of a value that they do not take, as one sentence."""
     try:
         yield
-    except (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as e:
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        NotImplementedError,
+        TypeError,
+        ValueError,
+        cv2.error,
+    ) as e:
         raise UserError(f'{where}: {str(e) or type(e).__name__}'.rstrip('.') + '.') from e
+
+
+def first_not_finite(net: torch.nn.Module) -> str | None:
+    """The name of the first parameter that holds NaN or infinity; None where there is none."""
+    named = [(name, p.detach()) for name, p in net.named_parameters() if p.is_floating_point() and p.numel()]
+    if not named:
+        return None
+    largest = torch.stack(torch._foreach_norm([p for _, p in named], math.inf))  # one question for all: it is per step
+    if largest.isfinite().all():
+        return None
+    return next(name.removeprefix('module.') for name, p in named if not p.isfinite().all())
+
+
+def _append(path: Path, line: str) -> None:
+    try:
+        with open(path, 'a', encoding='utf-8') as file:
+            file.write(line + '\n')
+    except OSError as e:
+        raise UserError(f'{path} cannot be written ({e.strerror or e}).') from e
 
 
 def _write_image(path: Path, bgr: np.ndarray) -> None:

@@ -5,6 +5,7 @@ state is written last, so a state that is there has its weights. Reading execute
 """
 
 import io
+import math
 import random
 import re
 from collections.abc import Collection, Sequence
@@ -19,6 +20,7 @@ from ppsr.weights import read_checkpoint
 
 __all__ = [
     'find_state',
+    'newest_model',
     'prune',
     'random_state',
     'read_state',
@@ -27,7 +29,6 @@ __all__ = [
     'write',
 ]
 
-STATE_KEYS = {'epoch': int, 'iter': int, 'optimizers': list, 'schedulers': list}
 _NUMBERED = re.compile(r'(?:net_\w+_)?(\d+)\.(?:state|pth)')
 
 
@@ -53,7 +54,7 @@ def read_state(path: str | Path) -> dict:
     """A training state, on the CPU; nothing in it is executed.
 
     Raises:
-        UserError: missing, unreadable, holding more than numbers, or not a training state.
+        UserError: missing, unreadable, holding more than numbers, or not a training state in one of its parts.
     """
     if not Path(path).is_file():
         raise UserError(f'training state {path} does not exist.')
@@ -62,10 +63,71 @@ def read_state(path: str | Path) -> dict:
     except Exception as e:  # damaged bytes make torch raise nearly anything
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:200].rstrip('.')
         raise UserError(f'training state {path} cannot be read: {reason}.') from e
-    fits = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in STATE_KEYS.items())
-    if not fits or state['iter'] < 0 or state['epoch'] < 0:
-        raise UserError(f'{path} is not a training state: it lacks {", ".join(STATE_KEYS)}.')
+    if wrong := _wrong_in_state(state):
+        raise UserError(f'{path} is not a training state: {wrong}.')
     return state
+
+
+def _wrong_in_state(state) -> str | None:
+    """What is not as :meth:`PurePassSRModel.save` or BasicSR writes it, in words; None when all is."""
+    if not isinstance(state, dict):
+        return f'it holds a {type(state).__name__}'
+    for key in ('epoch', 'iter'):
+        if not _is_count(state.get(key)):
+            return f'{key} is not a whole number of at least 0'
+    for key, needs in (('optimizers', ('state', 'param_groups')), ('schedulers', ('last_epoch',))):
+        entries = state.get(key)
+        if not isinstance(entries, list) or not all(isinstance(e, dict) and set(needs) <= e.keys() for e in entries):
+            return f'{key} is not a list of their states'
+    for optimizer in state['optimizers']:
+        groups, moments = optimizer['param_groups'], optimizer['state']
+        fits = isinstance(groups, list) and all(isinstance(g, dict) and _is_list(g.get('params')) for g in groups)
+        if not fits or not isinstance(moments, dict) or not all(isinstance(m, dict) for m in moments.values()):
+            return 'optimizers are not states of optimizers'
+    if not all(_is_count(scheduler['last_epoch']) for scheduler in state['schedulers']):
+        return 'last_epoch of a scheduler is not a whole number of at least 0'
+    # from here on: what BasicSR's states do not have
+    position = state.get('position')
+    if position:
+        counts = isinstance(position, dict) and all(_is_count(position.get(k)) for k in ('batch', 'global_batch'))
+        validated = counts and 'validated_at' in position and position['validated_at']
+        if not counts or position['global_batch'] < 1 or not (validated is None or _is_count(validated)):
+            return 'position does not say where in its epoch the training was'
+    records = state.get('best_metric_results') or {}
+    if not isinstance(records, dict) or not all(isinstance(of_set, dict) for of_set in records.values()):
+        return 'best_metric_results are not records by data set'
+    if not all(_is_record(record) for of_set in records.values() for record in of_set.values()):
+        return 'best_metric_results hold what is no record'
+    if not _is_count(state.get('nonfinite', 0)):
+        return 'nonfinite is not a whole number of at least 0'
+    scaler = state.get('scaler') or {}
+    if not isinstance(scaler, dict) or not all(_is_number(value) for value in scaler.values()):
+        return 'scaler is not the state of a gradient scaler'
+    random_states = state.get('random_states') or []
+    if not _is_list(random_states) or not all(isinstance(s, dict) for s in random_states):
+        return 'random_states are not states of generators'
+    return None
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _is_list(value) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _is_record(record) -> bool:
+    return (
+        isinstance(record, dict)
+        and record.get('better') in ('higher', 'lower')
+        and isinstance(record.get('val'), (int, float))
+        and isinstance(record.get('iter'), int)
+    )
 
 
 def find_state(
@@ -110,6 +172,12 @@ def find_state(
 def model_of(state: str | Path, label: str, iteration: int) -> Path:
     """Where the weights lie that belong to a training state."""
     return Path(state).parent.parent / 'models' / f'net_{label}_{iteration}.pth'
+
+
+def newest_model(models: str | Path) -> Path | None:
+    """The weights of the last checkpoint."""
+    files = _numbered(models, '.pth')
+    return files[-1] if files else None
 
 
 def prune(models: str | Path, states: str | Path, keep_last: int, keep: Collection[int] = ()) -> None:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from ppsr.errors import UserError
 
-__all__ = ['any_process', 'barrier', 'from_all', 'from_first', 'init_dist', 'leave_dist']
+__all__ = ['any_process', 'barrier', 'from_all', 'from_first', 'init_dist', 'leave_dist', 'raise_in_all']
 
 
 def init_dist(opt: dict, launcher: str) -> None:
@@ -72,19 +72,53 @@ def from_all(value) -> list:
 
 
 def from_first(make):
-    """What ``make()`` returns in the first process; a UserError that it raises there is raised in all."""
+    """What ``make()`` returns in the first process, in all of them; when it raises there, all of them raise.
+
+    Raises:
+        UserError: the same one in every process; in the others also one that tells whatever else went wrong in the
+            first, which raises that itself: nobody is left waiting.
+    """
     if _alone():
         return make()
-    answer = [None]
+    error, answer = None, [None, None]
     if dist.get_rank() == 0:
         try:
-            answer = [make()]
-        except UserError as e:
-            answer = [e]
+            answer = [make(), None]
+        except BaseException as e:  # Ctrl-C, too: the others wait for the broadcast
+            error, answer = e, [None, _sentence(e)]
     dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], UserError):
-        raise answer[0]
+    if error is not None:
+        raise error
+    if answer[1] is not None:
+        raise UserError(answer[1])
     return answer[0]
+
+
+def raise_in_all(error: Exception | None, device: torch.device) -> None:
+    """Raise the error that a process met in all processes, so that none goes on to wait for it.
+
+    Called by every process at the same place, with its error or None. `device` is one that the backend works on.
+
+    Raises:
+        Exception: its own, in the process that has one.
+        UserError: in the others, with the sentence of the first that failed.
+    """
+    if _alone():
+        if error is not None:
+            raise error
+        return
+    if not any_process(error is not None, device):
+        return
+    sentences = from_all(None if error is None else _sentence(error))
+    if error is not None:
+        raise error
+    raise UserError(next(filter(None, sentences)))
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    return f'process {dist.get_rank()} failed ({type(error).__name__}: {error}).'
 
 
 def barrier() -> None:

@@ -9,6 +9,7 @@ import contextlib
 import math
 import random
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -37,11 +38,9 @@ class TrainBatches:
     """
 
     def __init__(self, dataset: Dataset, dataset_opt: Mapping, opt: Mapping):
-        devices = 1 if opt['dist'] else max(1, opt['num_gpu'])  # one process feeds all its GPUs (DataParallel)
-        workers = dataset_opt['num_worker_per_gpu'] * devices
-        batch_size = dataset_opt['batch_size_per_gpu'] * devices
+        workers, batch_size = dataset_opt['num_worker_per_gpu'], dataset_opt['batch_size_per_gpu']
         self.global_batch = batch_size * opt['world_size']
-        self.opt, self.prefetch = opt, _prefetch_mode(dataset_opt, opt)
+        self.name, self.opt, self.prefetch = dataset_opt['name'], opt, _prefetch_mode(dataset_opt, opt)
         self.drawn = dataset_opt.get('synthetic_graphics') or 0.0
         self.gt_size = dataset_opt.get('gt_size')
         ratio = dataset_opt.get('dataset_enlarge_ratio') or 1
@@ -72,10 +71,10 @@ class TrainBatches:
         """The batches of an epoch from number `start` on.
 
         Raises:
-            UserError: the data set met a broken image, in whichever process that was.
+            UserError: the data set met a broken image, in whichever process that was, or a loader worker was killed.
         """
         self.sampler.epoch, self.sampler.start = epoch, start * self.loader.batch_size
-        batches = self._with_drawings(_raising(self.loader), epoch, start)
+        batches = self._with_drawings(_raising(self.loader, self.name), epoch, start)
         if not self.prefetch:
             yield from batches
             return
@@ -165,17 +164,38 @@ def _collate(samples: list) -> dict | UserError:
     return next((sample for sample in samples if isinstance(sample, UserError)), None) or default_collate(samples)
 
 
-def _raising(loader: DataLoader) -> Iterator[dict]:
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+def _raising(loader: DataLoader, name: str) -> Iterator[dict]:
+    try:
+        for batch in _quietly_started(loader):
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as e:
+        if not str(e).startswith('DataLoader worker'):
+            raise
+        # torch has seen a worker end without a word: nearly always the system's, for want of memory
+        raise UserError(
+            f'data set {name}: a loader worker was killed ({" ".join(str(e).split())[:200].rstrip(".")}); memory or '
+            'shared memory may be short: lower num_worker_per_gpu or batch_size_per_gpu.'
+        ) from e
+
+
+def _quietly_started(loader: DataLoader) -> Iterator:
+    """Starts the workers. torch then raises the death of one in the middle of whatever the main thread does, half an
+    optimizer step perhaps; without its handler it is found where the next batch is waited for."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGCHLD'):
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
+    return batches
 
 
 def _outlive_signals(worker_id: int) -> None:
     """Ctrl-C and cluster managers signal the whole process group: workers serve until the training itself stops."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):  # the last one is not on Windows
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _prefetch_mode(dataset_opt: Mapping, opt: Mapping) -> bool:

@@ -11,6 +11,7 @@ import lmdb
 import numpy as np
 import pytest
 import torch
+from basicsr.utils.registry import METRIC_REGISTRY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -142,6 +143,64 @@ def test_meta_info_file_selects(root):
     with pytest.raises(DataError) as error:
         PairedSRDataset(options(root, meta_info_file=str(meta)))
     assert_one_sentence(error, 'nobody.png')
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'b.png (24,20,3)\r\nc c.png (24,20,3)\r\n',
+        '\ufeffb.png (24,20,3)\nc c.png (24,20,3)\n',
+        'b.png\t(24,20,3)\nc c.png\t24\t20\n',
+        'b.png  (24, 20, 3)  1\n\n  c c.png   (24,20,3)\n',
+        'c c.png\nb.png\nb.png\n',
+    ],
+    ids=['Windows', 'byte order mark', 'tabs', 'blanks', 'names alone, one twice'],
+)
+def test_meta_info_file_as_people_write_it(root, text):
+    (root / 'meta.txt').write_bytes(text.encode())
+    dataset = PairedSRDataset(options(root, meta_info_file=str(root / 'meta.txt')))
+    assert [dataset[i]['gt_path'] for i in range(len(dataset))] == [str(root / 'HR/b.png'), str(root / 'HR/c c.png')]
+    stored = PairedSRDataset(lmdb_options(root, meta_info_file=str(root / 'meta.txt')))
+    assert [stored.pairs.paths(i)[0][-8:] for i in range(len(stored))] == ['db/b.png', '/c c.png']
+
+
+@pytest.mark.parametrize('nested', [True, False], ids=['LQ in the same subfolders', 'LQ in one folder'])
+def test_meta_info_file_names_subfolders(root, nested):
+    for seed, name in enumerate(['one/a.png', 'one/b (1,2).png', 'two/deep/c.png']):
+        save(root / 'HR' / name, 24, 20, seed=seed)
+        save(root / 'LR' / (name if nested else name.rsplit('/')[-1]), 12, 10, seed=seed)
+    meta = root / 'meta.txt'
+    meta.write_text('two/deep/c.png (24,20,3)\none/b (1,2).png (24,20,3)\none/a.png (24,20,3)\n')
+    opt = options(root, meta_info_file=str(meta))
+    dataset = PairedSRDataset(opt)
+    found = [tuple(path.split(f'{root}/')[1] for path in dataset.pairs.paths(i)) for i in range(3)]
+    names = ['one/a.png', 'one/b (1,2).png', 'two/deep/c.png']
+    assert found == [(f'LR/{n if nested else n.rsplit("/")[-1]}', f'HR/{n}') for n in names]
+    assert dataset[2]['gt'].shape == (3, 24, 20)
+    # basicsr's own class takes the first word, and looks in the LQ folder itself
+    theirs = {**opt, 'type': 'PairedImageDataset'}
+    with pytest.raises(DataError, match='PairedImageDataset would look for'):
+        check_datasets({'scale': 2, 'datasets': {'val': theirs}})
+    meta.write_text('one/a.png (24,20,3)\n')
+    if not nested:
+        check_datasets({'scale': 2, 'datasets': {'val': theirs}})
+
+
+def test_meta_info_file_with_names_that_do_not_do(root):
+    save(root / 'HR/sub/b.png', 24, 20)
+    meta = root / 'meta.txt'
+    for text, words in [
+        ('../HR/b.png\n', 'outside of'),
+        (f'{root}/HR/b.png\n', 'outside of'),
+        ('b.png (24,20,3)\nsub/b.png (24,20,3)\n', 'would both be paired with'),
+        ('sub/none.png (24,20,3)\n', 'not in'),
+        ('nowhere/b.png (24,20,3)\n', 'not in'),
+        ('\n\n', 'names no images'),
+    ]:
+        meta.write_text(text)
+        with pytest.raises(DataError) as error:
+            PairedSRDataset(options(root, meta_info_file=str(meta)))
+        assert_one_sentence(error, words, 'meta.txt')
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -330,6 +389,44 @@ def test_good_data_sets_of_each_type_pass(root):
     for broken in ({}, {'datasets': None}, {'datasets': {'val': 3}}, {'datasets': {'vali': {}}}):
         with pytest.raises(UserError):
             check_datasets(broken)
+
+
+@pytest.mark.parametrize(
+    ('metric', 'smallest'), [('calculate_psnr', 1 + 2 * 3), ('calculate_ssim', 11 + 2 * 3)], ids=['psnr', 'ssim']
+)
+@pytest.mark.parametrize('kind', ['PairedSRDataset', 'PairedImageDataset'])
+def test_image_too_small_for_a_metric_is_named_before_training(root, metric, smallest, kind):
+    """basicsr: NaN, or a traceback of OpenCV's, hours later."""
+    metrics = {'m': {'type': metric, 'crop_border': 3}}
+    opt = {'scale': 1, 'datasets': {'val': options(root, scale=1, type=kind)}, 'val': {'metrics': metrics}}
+    shutil.rmtree(root / 'LR')
+    shutil.copytree(root / 'HR', root / 'LR')
+    for side, fits in ((smallest, True), (smallest - 1, False)):
+        for folder in ('HR', 'LR'):
+            save(root / folder / 'b.png', 24, side)
+        image = np.zeros((24, side, 3), np.uint8)
+        with np.errstate(all='ignore'):
+            try:
+                value = METRIC_REGISTRY.get(metric)(image, image + 1, 3)
+            except Exception:
+                value = np.nan
+        assert np.isfinite(value) == fits  # what the check has to foresee
+        if fits:
+            check_datasets(opt)
+        else:
+            with pytest.raises(DataError) as error:
+                check_datasets(opt)
+            assert_one_sentence(error, 'HR/b.png', f'(24x{side})', 'val → metrics → m', f'{smallest} pixels')
+    opt['datasets'] = {'train': {**options(root, 'train', scale=1, gt_size=4), 'type': kind}}
+    check_datasets(opt)  # training scores nothing
+
+
+def test_two_sets_of_one_name_are_refused(root):
+    sets = {'train': options(root, 'train'), 'val': options(root), 'val_2': options(root, name='SMALL')}
+    with pytest.raises(DataError, match=r"datasets\.val and datasets\.val_2 are both called 'SMALL'"):
+        check_datasets({'scale': 2, 'datasets': sets})
+    sets['val_2']['name'] = 'other'
+    check_datasets({'scale': 2, 'datasets': sets})  # the training set may be called like one of them
 
 
 @pytest.mark.parametrize('workers', [0, 1])

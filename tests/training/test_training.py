@@ -1,7 +1,10 @@
 """What a training step does with numbers: NaN, clipping, reduced precision; and the data that it is given."""
 
 import json
+import logging
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from tiny_training import options, write_options, write_pairs
 from torch.utils.data import Dataset
 
 from ppsr.errors import UserError
+from ppsr.models.pure_pass_sr_model import first_not_finite
+from ppsr.training.checkpoints import read_state
 from ppsr.training.loader import TrainBatches
 from ppsr.training.options import load_options
 from ppsr.weights import load_model
@@ -102,6 +107,62 @@ def test_training_stops_after_max_nonfinite(make_model):
     step(model, 3, broken)
     with pytest.raises(UserError, match='not finite 3 times, last at iteration 4.*max_nonfinite'):
         step(model, 4, broken)
+
+
+@pytest.mark.parametrize('rate', [math.inf, math.nan])
+def test_ruined_weights_end_the_training_at_once(make_model, tmp_path, rate):
+    """Nothing of them is saved; the last finite checkpoint and what was set are named."""
+    model = make_model()
+    (tmp_path / 'experiments/run/models').mkdir()
+    (tmp_path / 'experiments/run/models/net_g_7.pth').touch()
+    model.optimizer_g.param_groups[0]['lr'] = rate
+    with pytest.raises(UserError) as raised:
+        step(model, 2)
+    said = [f'learning rate {rate}', "'lr': 0.001", "'gamma': 0.5"]
+    for words in [*said, 'iteration 2', 'first conv_first.weight', 'net_g_7.pth']:
+        assert words in str(raised.value)
+    assert all(p.isfinite().all() for p in model.net_g_ema.parameters())  # never mixed in
+
+
+def test_weights_that_are_not_finite_are_not_trained(make_model, tmp_path):
+    model = make_model()
+    state = model.net_g.state_dict()
+    state['norm.weight'][3] = math.nan
+    torch.save({'params': state}, tmp_path / 'nan.pth')
+    with pytest.raises(UserError, match=r'nan\.pth.*norm\.weight'):
+        make_model(path__pretrain_network_g=str(tmp_path / 'nan.pth'))
+
+
+def test_first_not_finite_is_found_and_large_numbers_are_not(make_model):
+    net = make_model().net_g
+    assert first_not_finite(net) is None
+    with torch.no_grad():
+        net.norm.bias[0] = 3e38  # its square is not a float32
+        assert first_not_finite(net) is None
+        for bad in (math.nan, math.inf, -math.inf):
+            net.norm.bias[0] = bad
+            assert first_not_finite(net) == 'norm.bias'
+    assert first_not_finite(torch.nn.ReLU()) is None
+
+
+def test_without_a_log_a_skipped_step_is_told_all_the_same(make_model):
+    """A study has options without folders."""
+    model = make_model(train__max_nonfinite=2)
+    model.opt['path'].clear()
+    broken = batch()
+    broken['gt'].fill_(math.nan)
+    step(model, 1, broken)
+    with pytest.raises(UserError, match='not finite 2 times, last at iteration 2: lower'):
+        step(model, 2, broken)
+
+
+def test_several_gpus_mean_torchrun(make_model):
+    model = make_model()
+    model.opt['num_gpu'] = 2
+    with pytest.raises(UserError, match='torchrun --nproc_per_node=2'):
+        model.model_to_device(torch.nn.ReLU())
+    model.is_train = False
+    assert isinstance(model.model_to_device(torch.nn.ReLU()), torch.nn.ReLU)
 
 
 # ----------------------------------------------------------------------------------------------------------- clipping
@@ -201,6 +262,112 @@ def test_a_state_that_basicsr_wrote_is_resumed(make_model):
     other.resume_training(plain)
     assert other.optimizer_g.state_dict()['state'][0]['step'] == 1
     assert other.best_metric_results == {}
+
+
+# ----------------------------------------------------------------------------------------- resuming with other options
+
+
+def saved_state(model, tmp_path, iterations: int) -> dict:
+    for folder in ('models', 'training_states'):
+        (tmp_path / 'experiments/run' / folder).mkdir(exist_ok=True)
+    for iteration in range(1, iterations + 1):
+        model.update_learning_rate(iteration, model.opt['train'].get('warmup_iter', -1))
+        step(model, iteration)
+    model.save(epoch=0, current_iter=iterations)
+    return read_state(tmp_path / f'experiments/run/training_states/{iterations}.state')
+
+
+def rates(model, iterations) -> list[float]:
+    """Learning rates of these iterations."""
+    found = []
+    for iteration in iterations:
+        model.update_learning_rate(iteration, model.opt['train'].get('warmup_iter', -1))
+        found += model.get_current_learning_rate()
+    return found
+
+
+CHANGES = {
+    'lr': (dict(train__optim_g__lr=2e-3), 'optim_g → lr 0.002 (the state was saved with 0.001)'),
+    'milestones': (
+        dict(train__scheduler={'type': 'MultiStepLR', 'milestones': [2, 10], 'gamma': 0.5}),
+        'scheduler → milestones [2, 10] (the state was saved with [6, 12])',
+    ),
+    'gamma': (
+        dict(train__scheduler={'type': 'MultiStepLR', 'milestones': [6, 12], 'gamma': 0.1}),
+        'scheduler → gamma 0.1 (the state was saved with 0.5)',
+    ),
+    'scheduler': (
+        dict(train__scheduler={'type': 'CosineAnnealingRestartLR', 'periods': [40], 'restart_weights': [1]}),
+        'scheduler → type CosineAnnealingRestartLR (the state was saved with MultiStepRestartLR)',
+    ),
+    'warm-up': (dict(train__warmup_iter=6), 'train → warmup_iter 6 (the state was saved with -1)'),
+    'decay': (
+        dict(train__optim_g={'type': 'AdamW', 'lr': 1e-3, 'weight_decay': 0.5}),
+        'optim_g → weight_decay 0.5 (the state was saved with 0.01)',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', CHANGES)
+@pytest.mark.parametrize('basicsr', [False, True], ids=['our state', "BasicSR's"])
+def test_the_options_count_when_resuming_and_what_differs_is_said(make_model, tmp_path, caplog, case, basicsr):
+    """Moments come from the state, everything that is set from the options: from here on the learning rates are those
+    of a training that had these options from the start."""
+    changes, sentence = CHANGES[case]
+    state = saved_state(make_model(), tmp_path, 4)
+    if basicsr:
+        if case == 'warm-up':
+            pytest.skip("BasicSR's states do not say it")
+        state = {key: state[key] for key in ('epoch', 'iter', 'optimizers', 'schedulers')}
+        sentence = sentence if case != 'scheduler' else ''
+    through, resumed = make_model(**changes), make_model(**changes)
+    logger = logging.getLogger('basicsr')
+    logger.addHandler(caplog.handler)
+    try:
+        resumed.resume_training(state)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.text.count('Resuming with') == (1 if sentence else 0) and sentence in caplog.text
+    assert rates(through, range(1, 17))[4:] == pytest.approx(rates(resumed, range(5, 17)), rel=1e-6)
+    group, moments = resumed.optimizer_g.param_groups[0], resumed.optimizer_g.state_dict()['state']
+    assert group['weight_decay'] == (0.5 if case == 'decay' else 0.01)
+    assert torch.equal(moments[0]['exp_avg'], state['optimizers'][0]['state'][0]['exp_avg'])
+    step(resumed, 5)
+
+
+def test_the_same_options_resume_without_a_word(make_model, tmp_path, caplog):
+    state = saved_state(make_model(train__warmup_iter=3), tmp_path, 4)
+    resumed = make_model(train__warmup_iter=3)
+    logger = logging.getLogger('basicsr')
+    logger.addHandler(caplog.handler)
+    try:
+        resumed.resume_training(state)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert 'Resuming' not in caplog.text
+    assert resumed.optimizer_g.param_groups[0]['lr'] == state['optimizers'][0]['param_groups'][0]['lr']
+
+
+@pytest.mark.parametrize('kind', ['SGD', 'RMSprop', 'Adam', 'RAdam', 'NAdam'])
+def test_another_optimizer_is_refused_by_name(make_model, tmp_path, kind):
+    state = saved_state(make_model(), tmp_path, 1)
+    other = make_model(train__optim_g={'type': kind, 'lr': 1e-3})
+    with pytest.raises(UserError, match=f'holds the moments of AdamW, but .* asks for {kind}'):
+        other.resume_training(state)
+    del state['optimizer_types']  # a state of BasicSR's
+    if kind != 'Adam' or 'decoupled_weight_decay' in state['optimizers'][0]['param_groups'][0]:
+        with pytest.raises(UserError, match=f'another optimizer, but .* asks for {kind}'):
+            make_model(train__optim_g={'type': kind, 'lr': 1e-3}).resume_training(state)
+
+
+@pytest.mark.parametrize(
+    'moment', [torch.zeros(2, 2), 'x', None, [1.0], 1.0], ids=['shape', 'text', 'none', 'list', 'scalar']
+)
+def test_moments_of_other_parameters_are_refused(make_model, tmp_path, moment):
+    state = saved_state(make_model(), tmp_path, 1)
+    state['optimizers'][0]['state'][3]['exp_avg'] = moment
+    with pytest.raises(UserError, match='exp_avg of parameter 3 does not fit'):
+        make_model().resume_training(state)
 
 
 # ------------------------------------------------------------------------------------------------------------ options
@@ -321,6 +488,23 @@ def test_broken_image_is_one_sentence_from_workers_too(workers):
     with pytest.raises(UserError) as raised:
         list(batches(dataset=Numbers(100), num_worker_per_gpu=workers).epoch(0))
     assert str(raised.value) == '99.png is broken.'
+
+
+class Deadly(Numbers):
+    """Its last image kills the worker that reads it, as a system that is short of memory does."""
+
+    def __getitem__(self, index):
+        if index == 6 and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_killed_worker_is_one_sentence_where_batches_are_asked_for(monkeypatch):
+    """Not in the middle of whatever the training does when it happens: that could be half a step."""
+    before = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(UserError, match='^data set numbers: a loader worker was killed .* num_worker_per_gpu'):
+        for _ in batches(dataset=Deadly(), num_worker_per_gpu=1).epoch(0):
+            assert signal.getsignal(signal.SIGCHLD) == before
 
 
 def test_too_small_a_data_set_is_refused():

@@ -1,6 +1,9 @@
 """PurePassSRModel as it validates: metrics and statistics against direct computation, tiles, modes, records."""
 
+import functools
 import logging
+import math
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,8 +13,11 @@ from basicsr.data import build_dataloader, build_dataset
 from basicsr.metrics import calculate_psnr, calculate_ssim
 from basicsr.models import build_model
 from support import TINY
+from tiny_training import write_options
 
+from ppsr.cli import main
 from ppsr.data.bicubic import imresize_bicubic
+from ppsr.errors import UserError
 
 SIZES = [(36, 44), (52, 40)]  # HR
 
@@ -162,3 +168,101 @@ def test_another_network_validates_without_statistics(opt, tmp_path):
     model = build_model(opt)
     model.validation(loader_of(tmp_path), 1, None)
     assert set(model.metric_results) == {'psnr', 'ssim'}
+
+
+# ------------------------------------------------------------------------------------------------- what is never scored
+
+
+def nan_for(model, shape):
+    """An output of NaN for the image of this size, through the network's own arithmetic."""
+    original = model.net_g.forward
+
+    def forward(x, *args, **kwargs):
+        done = original(x, *args, **kwargs)
+        out, *rest = done if isinstance(done, tuple) else (done,)
+        out = out * math.nan if tuple(x.shape[-2:]) == shape else out
+        return (out, *rest) if rest else out
+
+    model.net_g.forward = forward
+
+
+def test_output_that_is_not_finite_is_named_and_not_scored(opt, tmp_path, caplog):
+    """tensor2img would make a number of it: PSNR 5.4 and a picture."""
+    model, loader = build_model(opt), loader_of(tmp_path)
+    nan_for(model, (26, 20))
+    logger = logging.getLogger('basicsr')
+    logger.addHandler(caplog.handler)
+    try:
+        model.validation(loader, 3, None, save_img=True)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert math.isnan(model.metric_results['psnr']) and math.isnan(model.metric_results['ssim'])
+    assert model.metric_results['pure_percent'] > 0  # the mask has nothing to do with it
+    assert model.best_metric_results['tiny']['psnr']['iter'] == -1  # NaN is never the best
+    (sentence,) = model.unscored
+    assert 'LRbicx2/1.png: the output is not finite, though the weights are' in sentence and sentence in caplog.text
+    assert [path.name for path in (tmp_path / 'visualization/tiny').iterdir()] == ['0_validation.png']
+
+
+def test_weights_that_are_not_finite_are_named(opt, tmp_path):
+    model, loader = build_model(opt), loader_of(tmp_path)
+    with torch.no_grad():
+        model.net_g.conv_after_body.weight[0] = math.inf
+    model.validation(loader, 3, None)
+    assert math.isnan(model.metric_results['psnr'])
+    assert len(model.unscored) == 2
+    assert all('weights of net_g are not (first conv_after_body.weight)' in line for line in model.unscored)
+
+
+def test_command_exits_with_an_error(opt, tmp_path, monkeypatch, capfd):
+    """`ppsr test` with NaN weights: metric NaN, exit not 0."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    state = build_model(opt).net_g.state_dict()
+    torch.save({'params': state}, 'good.pth')
+    state['norm.weight'][0] = math.nan
+    torch.save({'params': state}, 'nan.pth')
+    test = {key: opt[key] for key in ('model_type', 'scale', 'num_gpu', 'network_g', 'val')}
+    test |= {'name': 'nan', 'path': {'pretrain_network_g': 'nan.pth'}}
+    test['datasets'] = {'test': {**loader_of(tmp_path).dataset.opt, 'name': 'tiny'}}
+    for key in ('phase', 'scale', 'io_backend'):
+        del test['datasets']['test'][key]
+    write_options(tmp_path, test)
+    assert main(['test', '-opt', 'options.yml']) == 1
+    error = capfd.readouterr().err
+    assert 'psnr: nan' in error and '0.png: the output is not finite' in error and 'first norm.weight' in error
+    assert error.splitlines()[-1].startswith('ppsr: error: tiny: not every image has a score')
+    assert main(['test', '-opt', 'options.yml', '--force_yml', 'path:pretrain_network_g=good.pth']) == 0
+
+
+def test_metric_that_fails_names_itself_and_the_image(opt, tmp_path):
+    opt['val']['metrics'] = {'ssim': {'type': 'calculate_ssim', 'crop_border': 30, 'test_y_channel': True}}
+    with pytest.raises(UserError, match=r'val → metrics → ssim, .*LRbicx2/0\.png'):
+        build_model(opt).validation(loader_of(tmp_path), 1, None)
+
+
+@pytest.mark.filterwarnings('ignore::RuntimeWarning')  # numpy's, of the mean of nothing
+def test_metric_that_is_no_number_is_told(opt, tmp_path):
+    opt['val']['metrics'] = {'psnr': {'type': 'calculate_psnr', 'crop_border': 30, 'test_y_channel': True}}
+    model = build_model(opt)
+    model.validation(loader_of(tmp_path), 1, None)
+    assert math.isnan(model.metric_results['psnr'])
+    assert 'LRbicx2/0.png: psnr is not a number' in model.unscored[0]
+
+
+# ------------------------------------------------------------------------------------------------------ sets kept apart
+
+
+def test_pictures_of_several_sets_and_subfolders_are_kept_apart(opt, tmp_path):
+    """Training: BasicSR's place with one set; a folder for each with several. Subfolders are subfolders."""
+    model, dataset = build_model(opt), loader_of(tmp_path).dataset
+    root = Path(dataset.opt['dataroot_lq'])
+    path = functools.partial(model._image_path, dataset, current_iter=8)
+    shown = tmp_path / 'visualization'
+    assert path(str(root / 'a.png')) == shown / 'tiny/a_validation.png'
+    assert path(str(root / 'sub/a.png')) == shown / 'tiny/sub/a_validation.png'
+    model.opt |= {'is_train': True, 'datasets': {'train': {}, 'val': {}}}
+    assert path(str(root / 'a.png')) == shown / 'a/a_8.png'
+    model.opt['datasets']['val_2'] = {}
+    assert path(str(root / 'a.png')) == shown / 'tiny/a/a_8.png'
+    assert path('/elsewhere/a.png') == shown / 'tiny/a/a_8.png'
