@@ -321,7 +321,7 @@ class PurePassSRModel(SRModel):
         for optimizer, content, kind in zip(self.optimizers, saved, types):
             current = optimizer.state_dict()
             resume.check_type(content, current, kind, type(optimizer).__name__, path)
-            for before, now in zip(content['param_groups'], current['param_groups']):
+            for before, now in zip(resume.saved_groups(content), resume.saved_groups(current)):
                 notes += resume.other_settings(before, now, 'train → optim_g')
         kinds = state.get('scheduler_types') or [None] * len(schedules)
         for scheduler, content, kind in zip(self.schedulers, schedules, kinds):

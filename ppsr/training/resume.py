@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppsr.errors import UserError
 
-__all__ = ['check_type', 'load_optimizer', 'other_settings', 'replay']
+__all__ = ['check_type', 'load_optimizer', 'other_settings', 'replay', 'saved_groups']
 
 # not settings: what changes on the way, and how torch's versions and devices compute the same step
 _PROGRESS = {'params', 'lr', 'last_epoch', 'verbose', 'base_lrs', 'cumulative_period'}
@@ -88,13 +88,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping, keep_settin
     Raises:
         ValueError: the state is that of other parameters.
     """
-    groups = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
+    groups = [{key: value for key, value in group.items() if key != 'params'} for group in _groups_of(optimizer)]
     _check_moments(optimizer, saved)
     optimizer.load_state_dict(saved)
-    for group, settings in zip(optimizer.param_groups, groups):
+    for group, settings in zip(_groups_of(optimizer), groups):
         for key, value in settings.items():
             if keep_settings or key not in group:  # a state of another version of torch lacks some
                 group[key] = value
+
+
+def saved_groups(state: Mapping) -> list[dict]:
+    """The groups in the state of an optimizer, and in those of the parts that it is made of (Muon with AdamW)."""
+    parts = state.get('parts')
+    parts = parts.values() if isinstance(parts, Mapping) else ()
+    return [*state['param_groups'], *(group for part in parts for group in part['param_groups'])]
+
+
+def _groups_of(optimizer: torch.optim.Optimizer) -> list[dict]:
+    parts = getattr(optimizer, 'parts', {})
+    return [*optimizer.param_groups, *(group for part in parts.values() for group in part.param_groups)]
 
 
 def _check_moments(optimizer: torch.optim.Optimizer, saved: Mapping) -> None:

@@ -203,6 +203,21 @@ def test_signal_to_the_whole_process_group_with_workers(data, uninterrupted, tmp
     assert_like_uninterrupted(tmp_path, uninterrupted)
 
 
+@pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='no SIGHUP on this system')
+def test_a_terminal_that_closes_is_a_wish_to_stop_unless_nohup_says_otherwise():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_second_ctrl_c_ends_at_once_and_handlers_are_put_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), StopSignals() as signals:

@@ -335,6 +335,22 @@ def test_the_options_count_when_resuming_and_what_differs_is_said(make_model, tm
     step(resumed, 5)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch.optim.Muon came with torch 2.9')
+def test_settings_of_both_parts_of_muon_are_the_options(make_model, tmp_path):
+    def asking(weight_decay, betas):
+        muon = {'type': 'Muon', 'lr': 1e-3, 'weight_decay': weight_decay, 'adamw': {'lr': 1e-3, 'betas': betas}}
+        return make_model(train__optim_g=muon)
+
+    state = saved_state(asking(0.25, [0.9, 0.95]), tmp_path, 2)
+    resumed = asking(0.5, [0.8, 0.95])
+    notes = ' '.join(resumed._resume_optimizers(state, 'a.state'))
+    assert 'weight_decay 0.5 (the state was saved with 0.25)' in notes
+    assert 'betas [0.8, 0.95] (the state was saved with [0.9, 0.95])' in notes
+    parts = {name: part.param_groups[0] for name, part in resumed.optimizer_g.parts.items()}
+    assert parts['muon']['weight_decay'] == 0.5 and tuple(parts['adamw']['betas']) == (0.8, 0.95)
+    step(resumed, 3)
+
+
 def test_the_same_options_resume_without_a_word(make_model, tmp_path, caplog):
     state = saved_state(make_model(train__warmup_iter=3), tmp_path, 4)
     resumed = make_model(train__warmup_iter=3)
