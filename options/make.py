@@ -9,6 +9,8 @@ when a file is not what this gives. demo.yml, study.yml and the recipes for CPUs
 from pathlib import Path
 from string import Template
 
+from ppsr.archs import ATDLight, CAMixerATDLight, PPATDLight
+
 SCALES = (2, 3, 4)
 BENCHMARKS = ('Set5', 'Set14', 'BSD100', 'Urban100', 'Manga109')
 
@@ -29,9 +31,9 @@ CAMIXER_LOSS = """\
 """
 # file name -> arch, its own settings, its own lines under train; the backbone's settings are those of ATD-light
 NETWORKS = {
-    'pp_atd_light': ('PPATDLight', PURE_PASS, ''),
-    'atd_light': ('ATDLight', '', ''),
-    'camixer_atd_light': ('CAMixerATDLight', CAMIXER, CAMIXER_LOSS),
+    'pp_atd_light': (PPATDLight, PURE_PASS, ''),
+    'atd_light': (ATDLight, '', ''),
+    'camixer_atd_light': (CAMixerATDLight, CAMIXER, CAMIXER_LOSS),
 }
 
 # the schedules published for ATD-light: x2 from scratch, x3 and x4 from the x2 weights
@@ -243,7 +245,7 @@ def files() -> dict[str, str]:
     made = {}
     for name, (arch, own, own_train) in NETWORKS.items():
         for scale in SCALES:
-            values = {'name': name, 'arch': arch, 'scale': scale, 'own': own, 'own_train': own_train}
+            values = {'name': name, 'arch': arch.__name__, 'scale': scale, 'own': own, 'own_train': own_train}
             schedule = FROM_SCRATCH if scale == 2 else FROM_X2
             made[f'{name}_x{scale}.yml'] = fill(TRAIN, gt_size=64 * scale, **values, **schedule)
             benchmarks = ''.join(
