@@ -296,19 +296,26 @@ def tiled_forward(
     return torch.cat([band.to(lq.device, copy=True) for band in bands], dim=-2), totals
 
 
-def largest_tile(allowed: float, per_pixel: float, per_row: float, overlap: int) -> int:
-    """The largest tile (a multiple of 16) with tile²·per_pixel + tile·per_row ≤ allowed; 0 = none that makes sense.
+def multiple_of(net) -> int:
+    """What the sides of a network's input are padded to; 16, the usual one, for networks that do not say."""
+    contract = as_masked(net)
+    return 16 if contract is None else contract.multiple
+
+
+def largest_tile(allowed: float, per_pixel: float, per_row: float, overlap: int, multiple: int = 16) -> int:
+    """The largest tile with tile²·per_pixel + tile·per_row ≤ allowed, a multiple of `multiple`; 0 = none makes sense.
 
     Args:
         allowed: bytes.
         per_pixel: bytes that the network needs per input pixel.
         per_row: bytes per input row of a tile (:func:`accumulator_bytes`).
-        overlap: of the tiles; a tile of less than 2·overlap + 16 would compute everything many times.
+        overlap: of the tiles; a tile of less than 2·overlap + multiple would compute everything many times.
+        multiple: what the network pads its input to (:func:`multiple_of`).
     """
     if allowed <= 0:
         return 0
-    tile = int((math.sqrt(per_row**2 + 4 * per_pixel * allowed) - per_row) / (2 * per_pixel)) // 16 * 16
-    return tile if tile >= 2 * overlap + 16 else 0
+    tile = int((math.sqrt(per_row**2 + 4 * per_pixel * allowed) - per_row) / (2 * per_pixel)) // multiple * multiple
+    return tile if tile >= 2 * overlap + multiple else 0
 
 
 def accumulator_bytes(width: int, scale: int) -> int:

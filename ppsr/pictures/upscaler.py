@@ -48,6 +48,7 @@ from ppsr.tiling import (
     check_tiles,
     count_tiles,
     largest_tile,
+    multiple_of,
     run_network,
     tiled_bands,
     tiled_mask,
@@ -372,7 +373,8 @@ class Upscaler:
 
     def _smaller_tile(self, tile: int, side: int) -> int:
         before = min(tile or side, side)
-        tile = before // 2 // 16 * 16
+        multiple = multiple_of(self.net)
+        tile = before // 2 // multiple * multiple
         if tile <= self.tile_overlap:
             raise UserError(
                 f'Out of memory even with tiles of {before} pixels; close other programs, or use a smaller '
@@ -452,13 +454,15 @@ class Upscaler:
             return 0
         per_pixel = self._measured_bytes_per_pixel()
         # padding to whole windows counts in small or narrow images
-        padded = (height + 15) // 16 * 16 * ((width + 15) // 16 * 16)
+        multiple = multiple_of(self.net)
+        padded = -(-height // multiple) * multiple * (-(-width // multiple) * multiple)
         if area <= MAX_CALL and padded * per_pixel <= room:
             return 0
         per_row = accumulator_bytes(width, self.scale) if on_cpu else 0
-        tile = min(largest_tile(room, per_pixel, per_row, self.tile_overlap), int(MAX_CALL**0.5) // 16 * 16)
+        most = int(MAX_CALL**0.5) // multiple * multiple
+        tile = min(largest_tile(room, per_pixel, per_row, self.tile_overlap, multiple), most)
         if tile <= 0:
-            smallest = 2 * self.tile_overlap + 16
+            smallest = -(-(2 * self.tile_overlap) // multiple) * multiple + multiple
             missing = smallest**2 * per_pixel + smallest * per_row - room
             raise UserError(
                 f'{width}×{height} pixels need {_gib(budget + missing)} of memory at least, and {_gib(budget)} are '
