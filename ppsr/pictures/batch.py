@@ -22,21 +22,6 @@ __all__ = ['EXTENSIONS', 'STREAM', 'Job', 'Plan', 'Summary', 'exists', 'open_sou
 
 STREAM = '-'  # standard input or output
 EXTENSIONS = ('auto', 'png', 'jpg', 'webp', 'tiff')
-# what a data set may hold, and what other programs and cameras call their pictures
-SUFFIXES = IMAGE_SUFFIXES | {
-    '.gif',
-    '.avif',
-    '.avifs',
-    '.jp2',
-    '.jfif',
-    '.jpe',
-    '.pbm',
-    '.pnm',
-    '.tga',
-    '.ico',
-    '.apng',
-    '.dib',
-}
 MAX_FOLDERS = 100_000  # folders that link to each other crosswise have more paths than anybody can visit
 
 
@@ -232,7 +217,7 @@ def _is_file_name(output: str) -> bool:
         return False
     if extension in FORMATS:
         return True
-    if extension in Image.registered_extensions() or extension in SUFFIXES:
+    if extension in Image.registered_extensions() or extension in IMAGE_SUFFIXES:
         raise UserError(
             f'{output}: cannot write that kind of file; use one of {", ".join(FORMATS)} (or {output}{os.sep} for a '
             'folder of that name).'
@@ -324,7 +309,7 @@ def _walk(folder: Path, recursive: bool, inner: str | None, plan: Plan, above: t
             if recursive:
                 yield from _walk(path, recursive, inner, plan, (*above, real))
             continue
-        if os.path.splitext(entry.name)[1].lower() not in SUFFIXES or entry.name.startswith('.'):
+        if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES or entry.name.startswith('.'):
             continue
         if entry.is_file():
             yield path
