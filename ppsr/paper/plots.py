@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import style as styles
 from matplotlib.figure import Figure  # not pyplot: it would choose a backend for the whole process
 from matplotlib.patches import Rectangle
 from torch import nn
@@ -29,6 +29,7 @@ STYLE = {
     'legend.frameon': False,
     'pdf.fonttype': 42,
 }
+FRAMED = {'axes.grid': False, 'axes.spines.top': True, 'axes.spines.right': True}
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -42,7 +43,7 @@ def quality_against_cost(path: Path, scale: int, families: dict[str, list[str]],
     """PSNR against GMACs, one panel per data set: families of the variants in `varied`, and the rivals in `records`."""
     names = list(dict.fromkeys(name for _, name in varied))
     rivals = [label for label, name in records if name == names[0] and label not in ('ATD-light', 'PP-ATD-light')]
-    with rc_context(STYLE):
+    with styles.context(['default', STYLE]):
         figure = Figure((3.2 * len(names), 3.4), layout='constrained')
         axes = figure.subplots(1, len(names), squeeze=False)
         for axis, name in zip(axes[0], names):
@@ -73,7 +74,7 @@ def quality_against_cost(path: Path, scale: int, families: dict[str, list[str]],
 
 def saving_against_share(path: Path, scale: int, net: nn.Module, records: dict[str, list[dict]]) -> None:
     """Share of the multiply-adds saved against the share of pure pixels, one point per image, and the bound."""
-    with rc_context(STYLE):
+    with styles.context(['default', STYLE]):
         figure = Figure((5.0, 3.6), layout='constrained')
         axis = figure.subplots()
         for i, (name, found) in enumerate(records.items()):
@@ -92,7 +93,7 @@ def saving_against_share(path: Path, scale: int, net: nn.Module, records: dict[s
 
 def share_by_data_set(path: Path, scale: int, records: dict[str, list[dict]]) -> None:
     """Share of pure pixels by data set: every image, the quartiles, the mean."""
-    with rc_context(STYLE):
+    with styles.context(['default', STYLE]):
         figure = Figure((1.5 + 1.1 * len(records), 3.4), layout='constrained')
         axis = figure.subplots()
         values = [[100 * r['pure'] for r in found] for found in records.values()]
@@ -124,7 +125,7 @@ def heat_map(
     images: dict[str, list[dict[tuple[int, int], Share]]],
 ) -> None:
     """Share of pure pixels for each K and w, one panel per data set; the default is framed."""
-    with rc_context(STYLE | {'axes.grid': False, 'axes.spines.top': True, 'axes.spines.right': True}):
+    with styles.context(['default', STYLE, FRAMED]):
         figure = Figure((3.4 * len(images) + 0.6, 3.2), layout='constrained')
         axes = figure.subplots(1, len(images), squeeze=False)
         for axis, (name, found) in zip(axes[0], images.items()):
