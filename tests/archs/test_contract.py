@@ -96,6 +96,13 @@ def test_upscale_and_overlay(tmp_path, picture, registered):
     assert config == {'type': 'ToyNet', 'upscale': 2}
 
 
+def test_mask_draws_it(tmp_path, picture):
+    command = ['mask', '-i', str(picture), '-o', str(tmp_path / 'mask.png'), '--mask', 'toy_bright', '--zoom', '1']
+    assert main(command) == 0
+    overlay = np.asarray(Image.open(tmp_path / 'mask.png'))
+    assert overlay.shape == (9, 13, 3) and overlay[:, :6].any(2).all() and not overlay[:, 6:].any()
+
+
 def test_complexity_counts_the_mask_really_used(tmp_path, picture, registered, capsys):
     (tmp_path / 'toy.yml').write_text(json.dumps({'network_g': registered}))
     command = ['complexity', '-opt', str(tmp_path / 'toy.yml'), '--data', str(tmp_path), '--lq', '--format', 'json']
