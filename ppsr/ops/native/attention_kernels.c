@@ -52,7 +52,10 @@ INLINE void gather_bias(const struct attention *a, int64_t first, int64_t n, flo
                 vf row[VL];
                 EACH(i, VL) row[i] = load_anywhere(start[v * VL + i] - y * side + x);
                 transpose(row);
-                EACH(i, VL) if (x + i < a->width) store(bias + (x + i) * LANES + v * VL, row[i]);
+                if (x + VL <= a->width)
+                    EACH(i, VL) store(bias + (x + i) * LANES + v * VL, row[i]);
+                else
+                    EACH(i, VL) if (x + i < a->width) store(bias + (x + i) * LANES + v * VL, row[i]);
             }
 }
 
@@ -65,7 +68,12 @@ INLINE void forward_of(const struct attention *a, const int64_t dim) {
     for (int64_t first = 0; first < a->queries; first += LANES) {
         const int64_t n = a->queries - first < LANES ? a->queries - first : LANES;
         int32_t token[LANES];
-        for (int64_t l = 0; l < n; l++) token[l] = a->token[a->place ? a->place[first + l] : first + l];
+        int64_t asking = 0;
+        for (int64_t l = 0; l < n; l++) {
+            token[l] = a->token[a->place ? a->place[first + l] : first + l];
+            asking += !a->pure || !a->pure[token[l]];
+        }
+        if (!asking) continue;
         load_lanes(n, dim, a->q, a->qkv_stride, token, a->scale * (float)LOG2_E, q);
         if (a->place) {
             gather_bias(a, first, n, logits);

@@ -55,7 +55,7 @@ void ppsr_attend(const struct maps *m, const struct desk *desk, const struct ext
             a.width = group->width;
             a.size = extras->size;
         }
-        if (m->grad_out && m->pure) a.pure = m->pure + group->image * m->tokens;
+        if (m->pure) a.pure = m->pure + group->image * m->tokens;
         if (!m->grad_out) {
             ppsr_attention_kernels()->forward(&a);
             continue;

@@ -23,7 +23,8 @@ struct attention {
     const int32_t *place;
     const float *offsets;
     int64_t height, width, size;
-    const uint8_t *pure; /* whether token t gives no query after all (backward alone); or NULL */
+    const uint8_t *pure; /* whether token t asks nothing, though it is among the queries; or NULL. The forward may write
+                          * its row; the backward writes zeros */
     float *out; /* row of token t at out + t * out_stride; the backward reads it */
     int64_t out_stride;
     float *lse; /* log-sum-exp of the logits, at lse[t] */

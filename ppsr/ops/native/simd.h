@@ -50,26 +50,58 @@ INLINE vf load_anywhere(const float *p) { return *(const vf_anywhere *)p; }
 INLINE void store_anywhere(float *p, vf x) { *(vf_anywhere *)p = x; }
 INLINE vf splat(float x) { return (vf){0} + x; }
 
-/* Rows and columns of VL x VL floats change places: log2 VL rounds of exchanges between pairs of rows. */
-INLINE void transpose(vf *row) {
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC unroll 4
-    for (int step = 1; step < VL; step *= 2) {
-        vi low, high;
-        EACH(j, VL) low[j] = j & step ? VL + j - step : j, high[j] = j & step ? VL + j : j + step;
-        EACH(i, VL) if (!(i & step)) {
-            const vf a = row[i], b = row[i + step];
-            row[i] = __builtin_shuffle(a, b, low);
-            row[i + step] = __builtin_shuffle(a, b, high);
-        }
-    }
+/* Element i of the result is element number i of those that are listed, counted through a and then b. */
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-    for (int i = 0; i < VL; i++)
-        for (int j = 0; j < i; j++) {
-            const float x = row[i][j];
-            row[i][j] = row[j][i];
-            row[j][i] = x;
-        }
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+#if VL == 16
+#define LOW_ONES 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
+#define HIGH_ONES 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
+#define LOW_PAIRS 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define HIGH_PAIRS 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define LOW_FOURS 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define HIGH_FOURS 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define LOW_EIGHTS 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH_EIGHTS 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#elif VL == 8
+#define LOW_ONES 0, 8, 1, 9, 4, 12, 5, 13
+#define HIGH_ONES 2, 10, 3, 11, 6, 14, 7, 15
+#define LOW_PAIRS 0, 1, 8, 9, 4, 5, 12, 13
+#define HIGH_PAIRS 2, 3, 10, 11, 6, 7, 14, 15
+#define LOW_FOURS 0, 1, 2, 3, 8, 9, 10, 11
+#define HIGH_FOURS 4, 5, 6, 7, 12, 13, 14, 15
+#else
+#define LOW_ONES 0, 4, 1, 5
+#define HIGH_ONES 2, 6, 3, 7
+#define LOW_PAIRS 0, 1, 4, 5
+#define HIGH_PAIRS 2, 3, 6, 7
+#endif
+
+/* Rows and columns of VL x VL floats change places: 4 x 4 at a time, then blocks of that size. */
+INLINE void transpose(vf *row) {
+    EACH(i, VL) if (i % 4 == 0) {
+        const vf a = SHUFFLE(row[i], row[i + 1], LOW_ONES), b = SHUFFLE(row[i], row[i + 1], HIGH_ONES);
+        const vf c = SHUFFLE(row[i + 2], row[i + 3], LOW_ONES), d = SHUFFLE(row[i + 2], row[i + 3], HIGH_ONES);
+        row[i] = SHUFFLE(a, c, LOW_PAIRS);
+        row[i + 1] = SHUFFLE(a, c, HIGH_PAIRS);
+        row[i + 2] = SHUFFLE(b, d, LOW_PAIRS);
+        row[i + 3] = SHUFFLE(b, d, HIGH_PAIRS);
+    }
+#if VL >= 8
+    EACH(i, VL) if (!(i & 4)) {
+        const vf a = row[i], b = row[i + 4];
+        row[i] = SHUFFLE(a, b, LOW_FOURS);
+        row[i + 4] = SHUFFLE(a, b, HIGH_FOURS);
+    }
+#endif
+#if VL >= 16
+    EACH(i, VL) if (!(i & 8)) {
+        const vf a = row[i], b = row[i + 8];
+        row[i] = SHUFFLE(a, b, LOW_EIGHTS);
+        row[i + 8] = SHUFFLE(a, b, HIGH_EIGHTS);
+    }
 #endif
 }
 

@@ -160,12 +160,21 @@ static const struct shape *list_rectangle(const struct windows *w, int64_t numbe
     for (int64_t y = 0; y < height; y++)
         for (int64_t x = 0; x < width; x++) group->token[y * width + x] = (int32_t)((top + y) * w->width + left + x);
     group->height = group->width = 0;
+    group->asking = group->keys;
     if (w->maps.pure && !w->maps.grad_out) {
+        /* put side by side, those who ask take fewer blocks, but each takes about 5/4 of the time */
         const uint8_t *pure = w->maps.pure + group->image * w->maps.tokens;
         group->queries = 0;
         for (int64_t i = 0; i < group->keys; i++)
             if (!pure[group->token[i]]) group->place[group->queries++] = (int32_t)i;
-        if (group->queries < group->keys) group->height = height, group->width = width;
+        group->asking = group->queries;
+        int64_t blocks = 0; /* that hold one who asks, where nobody moves */
+        for (int64_t i = 0; i < group->queries; i++)
+            blocks += !i || group->place[i] / LANES != group->place[i - 1] / LANES;
+        if (5 * ((group->queries + LANES - 1) / LANES) < 4 * blocks)
+            group->height = height, group->width = width;
+        else if (group->queries)
+            group->queries = group->keys;
     }
     return find_shape(w, height, width);
 }
@@ -188,8 +197,8 @@ static void attend_rectangle(const struct windows *w, int64_t number, float *gra
                             .offsets = w->offsets, .offsets_step = w->offset_floats, .size = w->size,
                             .bias = w->bias + s->offset, .bias_start = s->start, .bias_step = s->floats,
                             .grad_bias = grad_bias ? grad_bias + s->offset : NULL};
-    if (desk->group.height) clear_pure(&w->maps, &desk->group);
     if (desk->group.queries) ppsr_attend(&w->maps, desk, &extras);
+    if (desk->group.asking < desk->group.keys) clear_pure(&w->maps, &desk->group);
 }
 
 static void window_forward_task(void *context, int64_t task, int more, void *scratch) {
