@@ -1,7 +1,9 @@
 """Shared fixtures."""
 
+import logging
 import os
 import signal
+import sys
 
 import hypothesis
 import pytest
@@ -23,6 +25,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_logger():
+    """basicsr sets its logger up once in a process, by what the first caller wants (rank 1: errors only): every test
+    has one that nobody has touched."""
+    logger, known = logging.getLogger('basicsr'), sys.modules['basicsr.utils.logger'].initialized_logger
+    before = dict(known), logger.level, logger.propagate, logger.disabled, list(logger.handlers)
+    yield
+    known.clear()
+    known.update(before[0])
+    logger.setLevel(before[1])
+    logger.propagate, logger.disabled, logger.handlers[:] = before[2:]
 
 
 @pytest.fixture

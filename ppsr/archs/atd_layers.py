@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from ppsr.archs.masked import MaskedNetwork, PurePassSettings, require
 from ppsr.ops.category_attention import attention_macs as category_macs
 from ppsr.ops.category_attention import category_attention
-from ppsr.ops.layers import depthwise_mix, linear_add, norm_linear
+from ppsr.ops.depthwise import depthwise_mix
+from ppsr.ops.linear import linear_add, norm_linear
 from ppsr.ops.window_attention import attention_macs as window_macs
 from ppsr.ops.window_attention import window_attention
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ppsr.archs.atd_layers import ATDNetwork, CategoryAttention, ConvFFN, LayerStack, WindowAttention, mlp_ratio_of
 from ppsr.archs.masked import AS_PUBLISHED, PurePassOptions, PurePassSettings
-from ppsr.ops.layers import Similarity, dictionary_attention, dictionary_refinement, norm_linear
+from ppsr.ops.dictionary import Similarity, dictionary_attention, dictionary_refinement
+from ppsr.ops.linear import norm_linear
 from ppsr.registry import register
 
 __all__ = ['ATDLight', 'PPATDLight']
