@@ -158,6 +158,8 @@ train:
     type: L1Loss
     loss_weight: 1.0
     reduction: mean
+
+  flat_opt: {}  # one-colour pictures in every step: their colour has to stay as it is; published: ~
 ${own_train}
 val:
   val_freq: 5000

@@ -21,7 +21,7 @@ from ppsr.errors import DataError
 from ppsr.images import to_tensor
 from ppsr.registry import register
 
-__all__ = ['SyntheticGraphics', 'draw_graphics', 'graphics_batch', 'graphics_shape']
+__all__ = ['SyntheticGraphics', 'draw_colour', 'draw_graphics', 'graphics_batch', 'graphics_shape']
 
 FLAT = 0.5  # share of pictures of a single colour
 SUPERSAMPLING = 4  # anti-aliased drawings are drawn so many times larger and averaged
@@ -48,18 +48,18 @@ def draw_graphics(seed: int, height: int, width: int) -> np.ndarray:
     """
     rng = np.random.default_rng(seed)
     if rng.random() < FLAT:
-        return np.tile(_colour(rng), (height, width, 1))
+        return np.tile(draw_colour(rng), (height, width, 1))
     smooth = rng.random() < 0.8  # the others have hard edges, as pixel graphics and screens have
     factor = SUPERSAMPLING if smooth else 1
     canvas = _ground(rng, height * factor, width * factor)
-    palette = [_colour(rng) for _ in range(rng.integers(2, 6))]
+    palette = [draw_colour(rng) for _ in range(rng.integers(2, 6))]
     for _ in range(rng.integers(1, 13)):
         colour = tuple(int(c) for c in palette[rng.integers(len(palette))])
         DRAW[rng.integers(len(DRAW))](rng, canvas, colour, factor)
     return cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA) if smooth else canvas
 
 
-def _colour(rng: np.random.Generator) -> np.ndarray:
+def draw_colour(rng: np.random.Generator) -> np.ndarray:
     """uint8 (3,): a corner or an edge of the colour cube, a gray, a pastel, or any colour."""
     kind = rng.random()
     if kind < 0.45:
@@ -75,7 +75,7 @@ def _colour(rng: np.random.Generator) -> np.ndarray:
 
 def _ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """A flat ground, or a linear or radial gradient between two colours."""
-    first = _colour(rng)
+    first = draw_colour(rng)
     kind = rng.random()
     if kind < 0.6:
         return np.tile(first, (height, width, 1))
@@ -86,7 +86,7 @@ def _ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     else:
         t = np.hypot(x - rng.random(), y - rng.random())
     t = (t - t.min()) / max(np.ptp(t), 1e-9)
-    return np.round(first + t[..., None] * (_colour(rng).astype(float) - first)).astype(np.uint8)
+    return np.round(first + t[..., None] * (draw_colour(rng).astype(float) - first)).astype(np.uint8)
 
 
 def _point(rng: np.random.Generator, canvas: np.ndarray) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from ppsr.registry import register
 from ppsr.tiling import DEFAULT_OVERLAP, tiled_forward
 from ppsr.training import checkpoints, resume
 from ppsr.training.distributed import any_process, from_all, from_first, raise_in_all
+from ppsr.training.flat import flat_loss, flat_pictures
 from ppsr.training.optimizers import muon_for
 from ppsr.weights import load_into, read_checkpoint, resolve
 
@@ -51,6 +52,8 @@ class PurePassSRModel(SRModel):
       against the dense network, counted from the masks that were really used;
     - named auxiliary losses: a network with ``auxiliary_losses() -> {name: scalar}`` has them added to the training
       loss, each times ``train.auxiliary_weights[name]`` (or the network's own ``auxiliary_weights``), and logged;
+    - ``train.flat_opt``: one-colour pictures beside every batch, which have to stay as they are
+      (:mod:`ppsr.training.flat`);
     - every optimizer of torch.optim that super-resolution uses (basicsr 1.4.2 knows Adam only);
     - weights read without running code, keys named when they do not fit;
     - ``train.grad_clip_norm``: gradients are scaled down to this norm; ``train.amp``: bf16 or fp16 autocast of the
@@ -148,6 +151,7 @@ class PurePassSRModel(SRModel):
                 f'train → perceptual_opt: the weights of its network can neither be read nor downloaded ({reason}); '
                 f'put them into {torch.hub.get_dir()}/checkpoints, or leave perceptual_opt out.'
             ) from e
+        self.flat = train.get('flat_opt')
         self.amp_dtype = AMP.get(train.get('amp'))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
         self.grad_clip_norm = train.get('grad_clip_norm')
@@ -166,16 +170,15 @@ class PurePassSRModel(SRModel):
             UserError: that happened ``train.max_nonfinite`` times, or the step made weights that are not finite.
         """
         self.optimizer_g.zero_grad()
-        amp = contextlib.nullcontext()
-        if self.amp_dtype is not None:
-            amp = torch.autocast(self.device.type, self.amp_dtype)
-        with amp:
+        beside = self._backward_beside(current_iter)
+        with self._autocast():
             self.output = self.net_g(self.lq)
         self.output = self.output.float()
         losses = self._losses()
         total = sum(losses.values())
+        losses.update(beside)
         # all processes take the step or none does: a backward pass waits for every one of them
-        finite = not any_process(not torch.isfinite(total).item(), self.device)
+        finite = not any_process(not torch.isfinite(sum(losses.values())).item(), self.device)
         if finite:
             self.scaler.scale(total).backward()
             self.scaler.unscale_(self.optimizer_g)
@@ -194,6 +197,34 @@ class PurePassSRModel(SRModel):
             self._refuse_weights(current_iter, name)
         elif self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
+
+    def _autocast(self):
+        if self.amp_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.amp_dtype)
+
+    def _backward_beside(self, current_iter: int) -> OrderedDict:
+        """Terms of the loss that have forward passes of their own, by name, detached: their gradients are added here.
+
+        One after the other, each graph freed before the next is made. DistributedDataParallel is to average once, in
+        the backward pass of the batch, and what has gathered until then with it.
+        """
+        several = isinstance(self.net_g, DistributedDataParallel)
+        losses = OrderedDict()
+        with self.net_g.no_sync() if several else contextlib.nullcontext():
+            for name, loss in self._losses_beside(current_iter):
+                self.scaler.scale(loss).backward()
+                losses[name] = loss.detach()
+        return losses
+
+    def _losses_beside(self, current_iter: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each such term, computed when it is its turn."""
+        if self.flat is not None:
+            pictures = flat_pictures(self.flat, self.opt['manual_seed'], current_iter, self.opt['rank'])
+            pictures = pictures.to(self.device)
+            with self._autocast():
+                output = self.net_g(pictures)
+            yield 'l_flat', flat_loss(output, pictures, self.flat)
 
     def _note_nonfinite(self, current_iter: int, losses: dict) -> None:
         self.nonfinite += 1

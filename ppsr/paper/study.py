@@ -152,6 +152,7 @@ def _train(opt: dict, label: str, seed: int, pairs: list[Pair], folder: Path) ->
             'model_type': 'PurePassSRModel',
             'scale': opt['scale'],
             'num_gpu': min(gpus, 1),
+            'manual_seed': seed,
             'is_train': True,
             'dist': False,
             'rank': 0,

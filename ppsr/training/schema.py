@@ -404,6 +404,23 @@ def _other_loss(name: str) -> type[Section] | None:
     return None if found is None or is_basicsr(found) else of_signature(found)
 
 
+class FlatPictures(Section):
+    """One-colour pictures beside every batch, whose colour has to stay as it is"""
+
+    loss_weight: Annotated[float, Weight, 'factor'] = 1.0
+    square_weight: Annotated[float, Weight, 'of the squared error, beside the absolute one'] = 40.0
+    sides: Annotated[list, Several(Whole(1, 4096), 2), 'least and largest side in LR pixels, drawn anew each step'] = [
+        12,
+        48,
+    ]
+    pixels: Annotated[int, Step, 'LR pixels of a step in all, of each process; one picture at least'] = 1536
+
+    @classmethod
+    def together(cls, values, where):
+        if values['sides'][0] > values['sides'][1]:
+            raise UserError(f'{where} → sides must name the least side first, not {show(values["sides"])}.')
+
+
 class OpenTrain(Section, extra='allow'):
     total_iter: Annotated[int, Step, 'iterations in all']
     warmup_iter: Annotated[int, Whole(-1, ITERATIONS), 'the learning rate rises linearly for so long; -1: no'] = -1
@@ -417,6 +434,9 @@ class Train(OpenTrain, extra='forbid'):
     pixel_opt: Annotated[dict | None, Typed(LOSSES, _other_loss), 'loss on pixels: type and settings'] = None
     perceptual_opt: Annotated[dict | None, Typed(PERCEPTUAL_LOSSES, _other_loss), 'loss on features'] = None
     auxiliary_weights: Annotated[dict | None, Each(Weight), "factors of the network's own losses, by name"] = None
+    flat_opt: Annotated[dict | None, Nested(FlatPictures), 'one-colour pictures in every step; {}: as by default'] = (
+        None
+    )
     ema_decay: Annotated[float, Number(0, below=1), 'of the running mean of the weights; 0: none'] = 0.0
     grad_clip_norm: Annotated[float | None, Number(above=0, most=10**9), 'scale the gradient down to this norm'] = None
     amp: Annotated[str | None, Choice('bf16', 'fp16'), 'autocast of the network; losses and weights stay float32'] = (

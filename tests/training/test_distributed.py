@@ -70,6 +70,34 @@ def gradient_recorder(folder):
     torch.optim.AdamW.step = recording_step
 
 
+def _same_flat_pictures():
+    """Every process gets what the first one does."""
+    from ppsr.models import pure_pass_sr_model as model
+
+    pictures = model.flat_pictures
+    model.flat_pictures = lambda options, seed, iteration, rank: pictures(options, seed, iteration)
+
+
+def _record_with_the_same_flat_pictures(folder):
+    _same_flat_pictures()
+    gradient_recorder(folder)
+
+
+@pytest.mark.parametrize('unused', [False, True])
+def test_losses_beside_the_batch_are_averaged_once(data, tmp_path, unused):
+    """Where all processes see the same one-colour pictures, their gradient is that of one process."""
+    flat = dict(train__flat_opt={'sides': [8, 8], 'pixels': 256}, train__total_iter=1, logger__save_checkpoint_freq=4)
+    for name, batch in (('one', FOUR), ('two', TWO)):
+        opt = options(data, **batch, **flat, val=None) | {'find_unused_parameters': unused}
+        write_options(tmp_path / name, opt)
+    record = [functools.partial(_record_with_the_same_flat_pictures, str(tmp_path / name)) for name in ('one', 'two')]
+    wait([Training(tmp_path / 'one', prepare=record[0]), *pair_of_processes(tmp_path / 'two', prepare=record[1])])
+    expected = torch.load(tmp_path / 'one/gradients.pt')
+    for rank in range(2):
+        for f, e in zip(torch.load(tmp_path / f'two/gradients{rank}.pt'), expected, strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-6 * float(e.abs().max()) + 1e-9)
+
+
 def best(folder) -> dict:
     state = checkpoints.read_state(folder / 'experiments/run/training_states/4.state')
     return state['best_metric_results']['val']

@@ -133,10 +133,11 @@ def test_killed_at_random_moments_ends_bit_for_bit_equal(data, uninterrupted, tm
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='this torch has no Muon')
-def test_muon_and_drawings_go_on_bit_for_bit(data, tmp_path):
+def test_muon_drawings_and_flat_pictures_go_on_bit_for_bit(data, tmp_path):
     """Stopped after iteration 5, in the middle of an epoch and between two steps of the rate."""
     muon = {'type': 'Muon', 'lr': 1e-3, 'adamw': {'lr': 5e-4, 'betas': [0.9, 0.95]}}
     opt = options(data, train__optim_g=muon, train__total_iter=10, datasets__train__synthetic_graphics=0.5)
+    opt['train']['flat_opt'] = {'sides': [8, 16], 'pixels': 256}
     folders = tmp_path / 'whole', tmp_path / 'stopped'
     for folder in folders:
         write_options(folder, opt)

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from ppsr.errors import UserError
 from ppsr.models.pure_pass_sr_model import first_not_finite
 from ppsr.training.checkpoints import read_state
+from ppsr.training.flat import flat_loss, flat_pictures
 from ppsr.training.loader import TrainBatches
 from ppsr.training.options import load_options
 from ppsr.weights import load_model
@@ -63,6 +64,66 @@ def step(model, iteration=1, data=None):
 
 def parameters(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.net_g.parameters()])
+
+
+# ------------------------------------------------------------------------------------------------- one-colour pictures
+
+FLAT = {'loss_weight': 1.0, 'square_weight': 40.0, 'sides': [12, 48], 'pixels': 1536}
+
+
+def test_flat_pictures_follow_from_seed_iteration_and_process():
+    seen, colours, different = set(), set(), 0
+    for iteration in range(1, 61):
+        pictures = flat_pictures(FLAT, 7, iteration)
+        assert torch.equal(pictures, flat_pictures(FLAT, 7, iteration))
+        assert (pictures == pictures[..., :1, :1]).all() and ((pictures * 255).round() / 255 == pictures).all()
+        count, _, h, w = pictures.shape
+        assert count == max(1, 1536 // (h * w))
+        other = flat_pictures(FLAT, 7, iteration, rank=1)  # colours of its own, of the same size
+        assert other.shape == pictures.shape
+        different += not torch.equal(other, pictures)
+        seen |= {h, w}
+        colours |= {tuple((255 * c).int().tolist()) for c in pictures[..., 0, 0]}
+    assert min(seen) < 16 and max(seen) > 44 and min(seen) >= 12 and max(seen) <= 48
+    assert different > 50
+    corners = {c for c in colours if set(c) <= {0, 255}}
+    assert len(corners) == 8 and len(colours - corners) > 60
+
+
+def test_flat_loss_is_the_error_in_both_measures():
+    pictures = torch.full((1, 3, 2, 2), 0.5)
+    output = torch.full((1, 3, 4, 4), 0.5)
+    output[0, 0, 0, 0] = 0.75
+    assert flat_loss(output, pictures, FLAT).item() == pytest.approx((0.25 + 40 * 0.25**2) / 48)
+    assert flat_loss(output, pictures, FLAT | {'square_weight': 0, 'loss_weight': 3}).item() == pytest.approx(0.75 / 48)
+
+
+def test_gradients_of_flat_pictures_are_added_to_those_of_the_batch(make_model, monkeypatch):
+    """Alone, together, and as one sum."""
+    gradients = {}
+    for name, changes in {'batch': {}, 'both': {'train__flat_opt': {}}}.items():
+        model = make_model(**changes)
+        monkeypatch.setattr(model.optimizer_g, 'step', lambda: None)
+        step(model, 5)
+        gradients[name] = [p.grad.clone() for p in model.net_g.parameters()]
+    assert list(model.log_dict) == ['l_pix', 'l_flat']
+    pictures = flat_pictures(FLAT, 7, 5)
+    model.net_g.zero_grad()
+    loss = flat_loss(model.net_g(pictures), pictures, FLAT)
+    assert model.log_dict['l_flat'] == pytest.approx(loss.item(), rel=1e-5)
+    loss.backward()
+    for p, alone, both in zip(model.net_g.parameters(), gradients['batch'], gradients['both']):
+        torch.testing.assert_close(both, alone + p.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('amp', ['bf16', 'fp16'])
+def test_flat_pictures_are_learned(make_model, amp):
+    model = make_model(train__flat_opt={'sides': [8, 16], 'pixels': 512}, train__amp=amp)
+    losses = []
+    for i in range(1, 61):
+        step(model, i, batch(i))
+        losses.append(model.log_dict['l_flat'])
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
 # --------------------------------------------------------------------------------------------------------- not finite
