@@ -5,28 +5,33 @@ throughout; convolutions see the same memory as channels_last. Parameter names a
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ppsr.archs.masked import MaskedNetwork, PurePassSettings, require
+from ppsr.archs.masked import AS_PUBLISHED, MaskedNetwork, PurePassSettings, require
 from ppsr.ops.category_attention import attention_macs as category_macs
 from ppsr.ops.category_attention import category_attention
 from ppsr.ops.depthwise import depthwise_mix
+from ppsr.ops.dictionary import Similarity, dictionary_attention
 from ppsr.ops.linear import linear_add, norm_linear
 from ppsr.ops.window_attention import attention_macs as window_macs
 from ppsr.ops.window_attention import window_attention
 
 __all__ = [
     'ATDNetwork',
+    'AttentionLayer',
     'CategoryAttention',
     'ConvFFN',
+    'DictionaryAttention',
     'LayerStack',
     'ResidualGroup',
     'WindowAttention',
+    'config_from_shapes',
     'init_weights',
 ]
 
@@ -73,21 +78,60 @@ class WindowAttention(nn.Module):
         return images * (window_macs(tokens, c, self.window_size) + tokens * c * c)
 
 
-class CategoryAttention(nn.Module):
-    """AC-MSA: attention among tokens of like category; pure tokens are exempt (ATD, sec. 3.3; Pure-Pass)."""
+class DictionaryAttention(nn.Module):
+    """ATD-CA: every token attends to the M tokens of the dictionary by cosine similarity (ATD, eq. 4–6).
 
-    def __init__(self, dim: int, num_heads: int, category_size: int, compensation: str = 'value'):
+    Args:
+        scales: learned σ, one per token of the dictionary (M) or one for all (1).
+        max_scale: logits are cos(q, k)·(1 + clamp(σ, 0, max_scale)·ln M).
+    """
+
+    def __init__(self, dim: int, num_tokens: int, reducted_dim: int, scales: int, max_scale: float):
+        super().__init__()
+        self.num_tokens, self.max_scale = num_tokens, max_scale
+        self.scale = nn.Parameter(torch.full((scales,), 0.5))
+        self.wq = nn.Linear(dim, reducted_dim)
+        self.wk = nn.Linear(dim, reducted_dim)
+        self.wv = nn.Linear(dim, dim)
+
+    def keys_and_values(self, td: Tensor) -> tuple[Tensor, Tensor]:
+        """Dictionary td (…, M, C) -> keys, normalised and scaled (…, M, r), values (…, M, C)"""
+        scale = 1 + self.scale.clamp(0, self.max_scale) * math.log(self.num_tokens)
+        return F.normalize(self.wk(td), dim=-1) * scale[:, None], self.wv(td)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Similarity]:
+        """q = wq(tokens) (B, N, r), keys, values with or without B -> output (B, N, C), category (B, N), similarity"""
+        return dictionary_attention(q, k, v)
+
+
+class CategoryAttention(nn.Module):
+    """AC-MSA: attention among tokens of like category; pure tokens are exempt (ATD, sec. 3.3; Pure-Pass).
+
+    Args:
+        learned_scale: logits are q·k times a learned number; False: q·k/√d.
+        compensation: what pure tokens get.
+    """
+
+    def __init__(self, dim: int, num_heads: int, category_size: int, learned_scale: bool, compensation: str):
         super().__init__()
         self.num_heads, self.category_size, self.compensation = num_heads, category_size, compensation
-        self.logit_scale = nn.Parameter(torch.full((1, 1), math.log(10)))
+        self.logit_scale = nn.Parameter(torch.full((1, 1), math.log(10))) if learned_scale else None
         self.proj = nn.Linear(dim, dim)
+
+    def scale(self, qkv: Tensor) -> Tensor:
+        """What the logits are multiplied by, one element."""
+        if self.logit_scale is not None:
+            return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+        head_dim = self.proj.in_features // self.num_heads
+        return torch.full((1, 1), head_dim**-0.5, dtype=wide, device=qkv.device)
 
     def forward(self, qkv: Tensor, category: Tensor, pure: Tensor | None, *add: Tensor) -> Tensor:
         """qkv (B, N, 3C), category (B, N), pure (B, N) bool or None -> (B, N, C), plus what is to be added"""
         x = category_attention(
             qkv,
             category,
-            self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp(),
+            self.scale(qkv),
             num_heads=self.num_heads,
             category_size=self.category_size,
             pure=pure,
@@ -110,31 +154,101 @@ class CategoryAttention(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """x + W₂(u + GELU(DWConv(u))) with u = GELU(W₁ norm(x)): a feed-forward network that sees its k×k neighbourhood."""
+    """x + W₂(u + GELU(DWConv(u))) with u = GELU(W₁ norm(x)): a feed-forward network that sees its k×k neighbourhood.
 
-    def __init__(self, dim: int, hidden_dim: int, kernel_size: int):
+    Args:
+        row_dim: channels of what :meth:`forward` may be given to stand beside u, a row for each category.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, kernel_size: int, row_dim: int = 0):
         super().__init__()
+        wide = hidden_dim + row_dim
         self.fc1 = nn.Linear(dim, hidden_dim)
-        depthwise = nn.Conv2d(hidden_dim, hidden_dim, kernel_size, padding=kernel_size // 2, groups=hidden_dim)
+        depthwise = nn.Conv2d(wide, wide, kernel_size, padding=kernel_size // 2, groups=wide)
         self.dwconv = nn.Module()  # the two levels are in the published parameter names; only the weights are used
         self.dwconv.depthwise_conv = nn.Sequential(depthwise, nn.GELU())
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = nn.Linear(wide, dim)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)"""
+    def forward(
+        self, x: Tensor, norm: nn.LayerNorm, rows: Tensor | None = None, category: Tensor | None = None
+    ) -> Tensor:
+        """(B, H, W, C), rows (M, row_dim) and category (B, H, W) in 0…M − 1 -> (B, H, W, C)"""
         (u,) = norm_linear(x, norm, self.fc1, gelu=True)
+        if rows is not None:
+            u = torch.cat([u, rows.to(u.dtype)[category]], -1)
         return linear_add(depthwise_mix(u, self.dwconv.depthwise_conv[0]), self.fc2, x)
 
     def macs(self, tokens: int) -> int:
-        kernel = self.dwconv.depthwise_conv[0].kernel_size[0]
-        return tokens * self.fc1.out_features * (self.fc1.in_features + self.fc2.out_features + kernel**2)
+        depthwise = self.dwconv.depthwise_conv[0]
+        taps = depthwise.in_channels * depthwise.kernel_size[0] ** 2
+        return tokens * (self.fc1.weight.numel() + taps + self.fc2.weight.numel())
+
+
+class AttentionLayer(nn.Module):
+    """x + SW-MSA + ATD-CA + AC-MSA, then + ConvFFN: what a layer has in every version.
+
+    Args:
+        scales, max_scale: of :class:`DictionaryAttention`.
+        learned_scale: of :class:`CategoryAttention`.
+        row_dim: of :class:`ConvFFN`.
+        pure_pass: what exempt tokens get.
+        window_fn: window_fn(dim, window_size, num_heads) makes the branch that looks around a token.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        shift: int,
+        category_size: int,
+        num_tokens: int,
+        reducted_dim: int,
+        convffn_kernel_size: int,
+        mlp_ratio: float,
+        scales: int,
+        max_scale: float,
+        learned_scale: bool,
+        row_dim: int = 0,
+        pure_pass: PurePassSettings = AS_PUBLISHED,
+        window_fn: Callable[[int, int, int], nn.Module] = WindowAttention,
+    ):
+        super().__init__()
+        self.shift = shift
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.wqkv = nn.Linear(dim, 3 * dim)  # one projection for both self-attentions
+        self.attn_win = window_fn(dim, window_size, num_heads)
+        self.attn_atd = DictionaryAttention(dim, num_tokens, reducted_dim, scales, max_scale)
+        self.attn_aca = CategoryAttention(dim, num_heads, category_size, learned_scale, pure_pass.compensation)
+        self.convffn = ConvFFN(dim, int(dim * mlp_ratio), convffn_kernel_size, row_dim)
+
+    def attend(self, x: Tensor, k: Tensor, v: Tensor, pure: Tensor | None) -> tuple[Tensor, Tensor, Similarity]:
+        """The attentions: map x (B, H, W, C), keys and values of the dictionary, pure (B, N) bool or None -> next x,
+        category (B, N), similarity"""
+        qkv, q = norm_linear(x, self.norm1, self.wqkv, self.attn_atd.wq)
+        x_atd, category, similarity = self.attn_atd(q.flatten(1, 2), k, v)
+        x_cross = self.attn_aca(qkv.flatten(1, 2), category, pure, x_atd)  # what tokens get from far away
+        return self.attn_win(qkv, self.shift, x, x_cross.view(x.shape)), category, similarity
+
+    def macs(self, tokens: int, active: list[int]) -> dict[str, int]:
+        """Multiply-adds by part for images of so many tokens, of which `active` of each image are not exempt."""
+        atd, c, images = self.attn_atd, self.wqkv.in_features, len(active)
+        m, r = atd.num_tokens, atd.wq.out_features
+        return {
+            'qkv': images * tokens * c * 3 * c,
+            'window': self.attn_win.macs(images, tokens),
+            'dictionary': images * tokens * (c * r + r * m + m * c),
+            'category': self.attn_aca.macs(images * tokens, active),
+            'ffn': self.convffn.macs(images * tokens),
+        }
 
 
 class LayerStack(nn.Module):
-    """Layers that hand a dictionary on from one to the next.
+    """Layers one after another.
 
     Args:
-        layers: each maps x (B, H, W, C), dictionary, context -> next x, next dictionary, and whatever else it finds.
+        layers: what they take and give is up to the subclass, and to :meth:`run` where it is used.
         use_checkpoint: recompute each layer in the backward pass.
     """
 
@@ -143,30 +257,36 @@ class LayerStack(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.layers = nn.ModuleList(layers)
 
+    def call(self, layer: nn.Module, *args):
+        """layer(*args), recomputed in the backward pass if that is asked for."""
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
+
     def run(self, x: Tensor, td: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Next x, and what else the layers found, in order."""
+        """Layers that hand a dictionary on from one to the next: each maps x (B, H, W, C), dictionary, context -> next
+        x, next dictionary, and whatever else it finds. -> Next x, and what else the layers found, in order."""
         found = []
         for layer in self.layers:
-            if self.use_checkpoint and torch.is_grad_enabled():
-                x, td, *more = checkpoint(layer, x, td, context, use_reentrant=False)
-            else:
-                x, td, *more = layer(x, td, context)
+            x, td, *more = self.call(layer, x, td, context)
             found += more
         return x, found
 
 
 class ResidualGroup(nn.Module):
-    """A group, a 3×3 convolution, and the way around both."""
+    """A group, a 3×3 convolution, and the way around both; then a LayerNorm, if there is to be one."""
 
-    def __init__(self, dim: int, group: nn.Module):
+    def __init__(self, dim: int, group: nn.Module, has_norm: bool = False):
         super().__init__()
         self.residual_group = group
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+        self.norm = nn.LayerNorm(dim) if has_norm else None
 
     def forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Map x (B, H, W, C), context for the layers -> next x, what else the layers found"""
         y, found = self.residual_group(x, context)
-        return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), found
+        x = x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x if self.norm is None else self.norm(x), found
 
 
 class PatchEmbed(nn.Module):
@@ -201,11 +321,45 @@ def mlp_ratio_of(hidden: int, dim: int) -> float:
     return ratio
 
 
+def config_from_shapes(state_dict: Mapping[str, Tensor]) -> dict | None:
+    """Constructor arguments that the shapes of an ATD network's weights tell, or None if they are not one's.
+
+    category_size leaves no trace in the parameters: the published 128 is assumed. So are the settings of the mask, the
+    defaults.
+    """
+    layer, group = 'layers.{}.residual_group.layers.{}.', 'layers.{}.conv.weight'
+    try:
+        groups = sum(group.format(i) in state_dict for i in range(len(state_dict)))
+        depths, heads = [], []
+        for i in range(groups):
+            norm = layer + 'norm1.weight'
+            depths.append(sum(norm.format(i, j) in state_dict for j in range(len(state_dict))))
+            heads.append(state_dict[layer.format(i, 0) + 'attn_win.relative_position_bias_table'].shape[1])
+        first = layer.format(0, 0)
+        embed_dim = state_dict['conv_first.weight'].shape[0]
+        table = state_dict[first + 'attn_win.relative_position_bias_table'].shape[0]
+        return {
+            'upscale': round((state_dict['upsample.0.weight'].shape[0] / 3) ** 0.5),
+            'embed_dim': embed_dim,
+            'depths': depths,
+            'num_heads': heads,
+            'window_size': (round(table**0.5) + 1) // 2,
+            'category_size': 128,
+            'num_tokens': state_dict['layers.0.residual_group.td'].shape[0],
+            'reducted_dim': state_dict[first + 'attn_atd.wq.weight'].shape[0],
+            'convffn_kernel_size': state_dict[first + 'convffn.dwconv.depthwise_conv.0.weight'].shape[-1],
+            'mlp_ratio': mlp_ratio_of(state_dict[first + 'convffn.fc1.weight'].shape[0], embed_dim),
+        }
+    except (KeyError, IndexError, ZeroDivisionError):
+        return None
+
+
 class ATDNetwork(MaskedNetwork):
     """The frame: mean, first convolution, LayerNorm, groups, LayerNorm, convolution, pixel shuffle in one step.
 
     Args:
         group_fn: group_fn(depth, num_heads) makes the contents of one :class:`ResidualGroup`.
+        group_norm: a LayerNorm follows each group.
         pure_pass: None: the network has no mask.
         **sizes: further sizes that have to be positive, by name.
 
@@ -229,6 +383,7 @@ class ATDNetwork(MaskedNetwork):
         upsampler: str,
         resi_connection: str,
         group_fn: Callable[[int, int], nn.Module],
+        group_norm: bool,
         pure_pass: PurePassSettings | None,
         **sizes: int,
     ):
@@ -249,7 +404,7 @@ class ATDNetwork(MaskedNetwork):
         self.conv_first = nn.Conv2d(3, embed_dim, 3, padding=1)
         self.patch_embed = PatchEmbed(embed_dim)
         self.layers = nn.ModuleList(
-            ResidualGroup(embed_dim, group_fn(depth, heads)) for depth, heads in zip(depths, num_heads)
+            ResidualGroup(embed_dim, group_fn(depth, heads), group_norm) for depth, heads in zip(depths, num_heads)
         )
         self.norm = nn.LayerNorm(embed_dim)
         self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1)

@@ -186,7 +186,9 @@ class CAMixerLayer(ATDLayer):
         """Map x (B, H, W, C), dictionary td (B, M, C), condition (B, H, W, 2) -> next x, next td, mask (B, n)"""
         y = self.norm1(x)
         x_win, mask = self.attn_win(y, condition)
-        x_atd, category, similarity = self.attn_atd(self.attn_atd.wq(y).flatten(1, 2), td)
+        x_atd, category, similarity = self.attn_atd(
+            self.attn_atd.wq(y).flatten(1, 2), *self.attn_atd.keys_and_values(td)
+        )
         x_cross = self.attn_aca(self.wqkv(y).flatten(1, 2), category, None, x_atd)
         x = x + x_win + x_cross.view(x.shape)
         x = self.convffn(x, self.norm2)

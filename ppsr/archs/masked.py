@@ -112,7 +112,7 @@ class MaskedNetwork(nn.Module, ABC):
 
     title: ClassVar[str] = 'Network'
     dense_arch: ClassVar[str | None] = None
-    not_options: ClassVar[tuple[str, ...]] = ('pure_pass', 'layer_fn', 'group_fn')
+    not_options: ClassVar[tuple[str, ...]] = ('pure_pass', 'layer_fn', 'group_fn', 'group_norm')
     auxiliary_weights: ClassVar[dict[str, float]] = {}
 
     def __init__(self, upscale: int, multiple: int = 1, mask: PixelMask | None = None):

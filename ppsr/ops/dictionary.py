@@ -80,12 +80,16 @@ def dictionary_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
 
     Args:
         q: (B, N, r), not normalised.
-        k: (B, M, r), normalised and scaled.
-        v: (B, M, C).
+        k: (B, M, r), normalised and scaled; or (M, r), the same for all images.
+        v: (B, M, C) or (M, C), like k.
 
     Returns:
-        similarity·v (B, N, C); category of each token, the entry that resembles it most, (B, N) int64; the similarity.
+        similarity·v (B, N, C); category of each token, the entry that resembles it most, (B, N) int64; the similarity
+        (of one dictionary for all images: with their tokens as those of one image).
     """
+    if k.dim() == 2:  # which image a token is from makes no difference then
+        out, category, similarity = dictionary_attention(q.flatten(0, 1)[None], k[None], v[None])
+        return out.view(*q.shape[:2], -1), category.view(q.shape[:2]), similarity
     if q.shape[0] == k.shape[0] == v.shape[0] and kernels_take(q, k, v):
         return *torch.ops.ppsr.dictionary_attention(q, k, v), Similarity(q, k, None)
     matrix = _similarity(q, k)
