@@ -10,7 +10,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ppsr.archs.build import as_arch, build_network, config_from, dense_variant
+from ppsr.archs.masked import as_masked
 from ppsr.atomic import atomic_path
 from ppsr.device import torch_defaults
 from ppsr.errors import UserError
@@ -240,6 +241,12 @@ def require_fit(net: nn.Module, checkpoint: Checkpoint) -> None:
     """
     problems = compare(net, checkpoint)[0]
     if problems:
+        missing = _clean(net.state_dict()).keys() - checkpoint.state_dict.keys()
+        if len(problems) == 1 and missing and all('.comp.' in name for name in missing):
+            raise UserError(
+                f'{checkpoint.path}: has no stand-in for window attention, which pp_scope exempts; fit one to it with '
+                'ppsr calibrate, take a file that has one, or set pp_window_compensation: value.'
+            )
         scale = getattr(net, 'upscale', None)
         if checkpoint.scale and scale and checkpoint.scale != scale:
             raise UserError(
@@ -258,7 +265,9 @@ def compare(net: nn.Module, checkpoint: Checkpoint) -> tuple[list[str], list[str
         if name in given and _differs(given[name], tensor)
     ]
     missing = [_name(name) for name in own if name not in given]
-    unexpected = [_name(name) for name in given if name not in own]
+    contract = as_masked(net)
+    known = own.keys() | (contract.does_without() if contract is not None else set())
+    unexpected = [_name(name) for name in given if name not in known]
     short = different[:]
     short += [f'{len(missing)} missing: {_some(missing)}'] if missing else []
     short += [f'{len(unexpected)} unexpected: {_some(unexpected)}'] if unexpected else []
@@ -401,6 +410,7 @@ def load_model(
     pure_pass: bool = True,
     device: str | torch.device = 'cpu',
     dtype: torch.dtype = torch.float32,
+    settings: Mapping | None = None,
 ) -> nn.Module:
     """Build a network from a weight file and load it, in eval mode.
 
@@ -410,13 +420,15 @@ def load_model(
             checkpoint with Pure-Pass).
         pure_pass: False runs the weights dense, with nothing exempted.
         device, dtype: of the network returned.
+        settings: constructor arguments in place of those in the file: {'pp_scope': ['category', 'window']}.
 
     Raises:
-        UserError: no such file or name, weights that do not fit, an arch that does not exist.
+        UserError: no such file or name, settings that the network does not take, weights that do not fit, an arch that
+            does not exist.
     """
     checkpoint = read_checkpoint(resolve(path_or_name))
     where = f'{checkpoint.path}: its configuration'
-    config = as_arch(described(checkpoint, arch), arch, where)
+    config = as_arch(described(checkpoint, arch), arch, where) | dict(settings or {})
     if not pure_pass:
         config = dense_variant(config)
     with torch_defaults():  # bfloat16 as default would round the weights

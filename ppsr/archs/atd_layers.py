@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ppsr.archs.masked import AS_PUBLISHED, MaskedNetwork, PurePassSettings, require
+from ppsr.archs.window_compensation import ExemptingLayer, fill_pure
 from ppsr.ops.category_attention import attention_macs as category_macs
 from ppsr.ops.category_attention import category_attention
 from ppsr.ops.depthwise import depthwise_mix
@@ -61,21 +62,25 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def forward(self, qkv: Tensor, shift: int, *add: Tensor) -> Tensor:
-        """qkv (B, H, W, 3C) -> (B, H, W, C), plus what is to be added, up to two maps"""
+    def forward(
+        self, qkv: Tensor, shift: int, *add: Tensor, pure: Tensor | None = None, instead: Tensor | None = None
+    ) -> Tensor:
+        """qkv (B, H, W, 3C) -> (B, H, W, C), plus what is to be added, up to two maps; tokens that are `pure`
+        (B, H, W) get what :class:`~ppsr.archs.window_compensation.WindowCompensation` found `instead`"""
         x = window_attention(
             qkv,
             self.relative_position_bias_table,
             num_heads=self.num_heads,
             window_size=self.window_size,
             shift=shift,
+            pure=pure,
         )
-        return linear_add(x, self.proj, *add)
+        return linear_add(x if pure is None else fill_pure(x, pure, instead), self.proj, *add)
 
-    def macs(self, images: int, tokens: int) -> int:
-        """Multiply-adds for images of so many tokens each."""
-        c = self.proj.in_features
-        return images * (window_macs(tokens, c, self.window_size) + tokens * c * c)
+    def macs(self, images: int, tokens: int, pure: int = 0) -> int:
+        """Multiply-adds for images of so many tokens each, of which `pure` of all images do not ask."""
+        c, tokens = self.proj.in_features, images * tokens
+        return window_macs(tokens - pure, c, self.window_size) + tokens * c * c
 
 
 class DictionaryAttention(nn.Module):
@@ -184,14 +189,14 @@ class ConvFFN(nn.Module):
         return tokens * (self.fc1.weight.numel() + taps + self.fc2.weight.numel())
 
 
-class AttentionLayer(nn.Module):
+class AttentionLayer(ExemptingLayer):
     """x + SW-MSA + ATD-CA + AC-MSA, then + ConvFFN: what a layer has in every version.
 
     Args:
         scales, max_scale: of :class:`DictionaryAttention`.
         learned_scale: of :class:`CategoryAttention`.
         row_dim: of :class:`ConvFFN`.
-        pure_pass: what exempt tokens get.
+        pure_pass: what pure tokens are exempt from, and what they get instead.
         window_fn: window_fn(dim, window_size, num_heads) makes the branch that looks around a token.
     """
 
@@ -213,7 +218,7 @@ class AttentionLayer(nn.Module):
         pure_pass: PurePassSettings = AS_PUBLISHED,
         window_fn: Callable[[int, int, int], nn.Module] = WindowAttention,
     ):
-        super().__init__()
+        super().__init__(dim, 'window' in pure_pass.scope, pure_pass.window_compensation)
         self.shift = shift
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
@@ -221,6 +226,7 @@ class AttentionLayer(nn.Module):
         self.attn_win = window_fn(dim, window_size, num_heads)
         self.attn_atd = DictionaryAttention(dim, num_tokens, reducted_dim, scales, max_scale)
         self.attn_aca = CategoryAttention(dim, num_heads, category_size, learned_scale, pure_pass.compensation)
+        self.exempts_category = 'category' in pure_pass.scope
         self.convffn = ConvFFN(dim, int(dim * mlp_ratio), convffn_kernel_size, row_dim)
 
     def attend(self, x: Tensor, k: Tensor, v: Tensor, pure: Tensor | None) -> tuple[Tensor, Tensor, Similarity]:
@@ -228,16 +234,29 @@ class AttentionLayer(nn.Module):
         category (B, N), similarity"""
         qkv, q = norm_linear(x, self.norm1, self.wqkv, self.attn_atd.wq)
         x_atd, category, similarity = self.attn_atd(q.flatten(1, 2), k, v)
-        x_cross = self.attn_aca(qkv.flatten(1, 2), category, pure, x_atd)  # what tokens get from far away
-        return self.attn_win(qkv, self.shift, x, x_cross.view(x.shape)), category, similarity
+        exempt = pure if self.exempts_category else None
+        x_cross = self.attn_aca(qkv.flatten(1, 2), category, exempt, x_atd).view(x.shape)  # from far away
+        if pure is None or self.comp is None:
+            x = self.attn_win(qkv, self.shift, x, x_cross)
+        else:
+            pure = pure.view(x.shape[:3])
+            instead = self.comp(x, self.norm1, qkv, pure)
+            x = self.attn_win(qkv, self.shift, x, x_cross, pure=pure, instead=instead)
+        return x, category, similarity
 
     def macs(self, tokens: int, active: list[int]) -> dict[str, int]:
         """Multiply-adds by part for images of so many tokens, of which `active` of each image are not exempt."""
         atd, c, images = self.attn_atd, self.wqkv.in_features, len(active)
         m, r = atd.num_tokens, atd.wq.out_features
+        window = self.attn_win.macs(images, tokens)
+        if self.comp is not None:
+            pure = images * tokens - sum(active)
+            window = self.attn_win.macs(images, tokens, pure) + self.comp.macs(pure)
+        if not self.exempts_category:
+            active = images * [tokens]
         return {
             'qkv': images * tokens * c * 3 * c,
-            'window': self.attn_win.macs(images, tokens),
+            'window': window,
             'dictionary': images * tokens * (c * r + r * m + m * c),
             'category': self.attn_aca.macs(images * tokens, active),
             'ffn': self.convffn.macs(images * tokens),

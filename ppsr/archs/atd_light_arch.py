@@ -127,6 +127,7 @@ class ATDLight(ATDNetwork):
     """
 
     title = 'ATD-light'
+    scopes = ('category', 'window')
 
     def __init__(
         self,
@@ -193,9 +194,11 @@ class ATDLight(ATDNetwork):
 
 @register(ARCH_REGISTRY)
 class PPATDLight(PurePassOptions, ATDLight):
-    """PP-ATD-light: ATD-light in which pure pixels are exempt from AC-MSA. Same weights, same parameter names.
+    """PP-ATD-light: ATD-light in which pure pixels are exempt from AC-MSA and, with `pp_scope`, from SW-MSA. Same
+    weights, same parameter names; beside them what is learned to stand in for the attention inside windows.
 
-    Without a pure pixel the network is ATD-light exactly; when all are pure AC-MSA attends to nothing.
+    Without a pure pixel the network is ATD-light exactly; when all are pure the attentions of the scope attend to
+    nothing.
 
     Args:
         **kwargs: those of :class:`~ppsr.archs.masked.PurePassOptions` and of :class:`ATDLight`.

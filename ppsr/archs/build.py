@@ -132,23 +132,22 @@ def config_from(state_dict: Mapping[str, Tensor], arch: str | None = None) -> di
 
     Args:
         arch: registered name to record; None: the arch that knows the weights for its own, of two with the same
-            weights the one that exempts nothing.
+            weights the one that exempts nothing, unless they hold what pure pixels get.
 
     Raises:
         UserError: no registered network knows them, or `arch` does not.
     """
     if arch is not None:
         check_network({'type': arch}, 'arch')
+    found = {}
     for name, cls in ARCH_REGISTRY:
-        if (
-            arch not in (None, name)
-            or not (inspect.isclass(cls) and issubclass(cls, MaskedNetwork))
-            or (arch is None and cls.dense_arch)
-        ):
-            continue
-        config = cls.config_from(state_dict)
-        if config is not None:
-            return {'type': name, **config}
+        if arch in (None, name) and inspect.isclass(cls) and issubclass(cls, MaskedNetwork):
+            config = cls.config_from(state_dict)
+            if config is not None:
+                rank = 0 if any(key.startswith('pp_') for key in config) else 2 if cls.dense_arch else 1
+                found.setdefault(rank, {'type': name, **config})
+    if found:
+        return found[min(found)]
     what = 'an ATD-light network or another of ppsr' if arch is None else arch
     raise UserError(f'these weights are not those of {what}; give the configuration of their network.')
 

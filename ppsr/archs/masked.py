@@ -6,18 +6,20 @@ files follow from the contract, and nobody outside ``ppsr/archs`` asks for a net
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from ppsr.archs.window_compensation import WINDOW_COMPENSATIONS, ExemptingLayer
 from ppsr.masks import PixelMask, build_mask
 from ppsr.ops.category_attention import COMPENSATIONS
 
 __all__ = [
     'AS_PUBLISHED',
+    'SCOPES',
     'HasAuxiliaryLosses',
     'MaskedNetwork',
     'PurePassOptions',
@@ -27,6 +29,8 @@ __all__ = [
     'mirror_pad',
     'require',
 ]
+
+SCOPES = ('category', 'window')
 
 
 def require(condition: bool, name: str, value, supported: str) -> None:
@@ -61,6 +65,8 @@ class PurePassSettings:
         num_centers, window_size, shift, fuse: of the mask (:class:`ppsr.PurePass`).
         threshold: of a mask that has one; None = its default.
         compensation: what an exempt token gets in place of category attention.
+        scope: the attentions that pure tokens are exempt from, some of `SCOPES`.
+        window_compensation: what an exempt token gets in place of window attention.
 
     Raises:
         ValueError: a value that is not supported, named as the option is.
@@ -73,18 +79,33 @@ class PurePassSettings:
     fuse: bool = True
     threshold: float | None = None
     compensation: str = 'value'
+    scope: Sequence[str] = ('category',)
+    window_compensation: str = 'linear'
 
     # settings of the mask; only those that differ from their defaults are handed on, so that a mask without colours
     # works with the options of one that has them, as long as nobody changed what it cannot follow
     of_mask: ClassVar[tuple[str, ...]] = ('num_centers', 'window_size', 'shift', 'fuse', 'threshold')
 
     def __post_init__(self):
-        require(self.compensation in COMPENSATIONS, 'pp_compensation', self.compensation, ', '.join(COMPENSATIONS))
+        for name, value, known in (
+            ('pp_compensation', self.compensation, COMPENSATIONS),
+            ('pp_window_compensation', self.window_compensation, WINDOW_COMPENSATIONS),
+        ):
+            require(value in known, name, value, ', '.join(known))
+        require_scope(self.scope, SCOPES)
 
     def build_mask(self) -> PixelMask:
         defaults = {field.name: field.default for field in fields(self)}
         changed = {name: getattr(self, name) for name in self.of_mask if getattr(self, name) != defaults[name]}
         return build_mask(self.mask, **changed)
+
+
+def require_scope(scope: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse (ValueError) a pp_scope that is not a list of some of what there is, each once."""
+    fits = (
+        isinstance(scope, (list, tuple)) and len(scope) > 0 and all(scope.count(s) == 1 and s in known for s in scope)
+    )
+    require(fits, 'pp_scope', scope, f'a list of {" and ".join(known)}' + (' or of one of them' if known[1:] else ''))
 
 
 AS_PUBLISHED = PurePassSettings()
@@ -106,12 +127,14 @@ class MaskedNetwork(nn.Module, ABC):
         title: name of the network in tables and captions.
         dense_arch: registered name of the network that has the same weights and exempts nothing; None: there is none
             but this one without its mask.
+        scopes: attentions that pure pixels can be exempt from, as `pp_scope` names them.
         not_options: constructor arguments that are for Python (factories, objects), not for options files.
         auxiliary_weights: of :meth:`auxiliary_losses`, unless the options say otherwise.
     """
 
     title: ClassVar[str] = 'Network'
     dense_arch: ClassVar[str | None] = None
+    scopes: ClassVar[tuple[str, ...]] = ('category',)
     not_options: ClassVar[tuple[str, ...]] = ('pure_pass', 'layer_fn', 'group_fn', 'group_norm')
     auxiliary_weights: ClassVar[dict[str, float]] = {}
 
@@ -140,6 +163,11 @@ class MaskedNetwork(nn.Module, ABC):
         """Constructor arguments of the network that these weights are from, as far as their shapes tell them; None if
         they are not from a network of this class. For weight files that do not say what they hold."""
         return None
+
+    def does_without(self) -> set[str]:
+        """Names of parameters that a weight file may have and this network, as it is configured, has no use for."""
+        layers = ((name, m) for name, m in self.named_modules() if isinstance(m, ExemptingLayer))
+        return {f'{layer}.{name}' for layer, m in layers for name in m.does_without()}
 
     # ------------------------------------------------------------------ what follows from it
 
@@ -206,6 +234,10 @@ class PurePassOptions:
         pp_fuse: cross-shift mask fusion.
         pp_compensation: what a pure token gets instead of attention: 'value' its own value vector through the
             projection; 'bypass' the value vector without the projection; 'zero' nothing.
+        pp_scope: attentions that pure tokens are exempt from: 'category', 'window', as far as the network has them.
+        pp_window_compensation: what a pure token gets instead of attention in its window, before the projection:
+            'linear' a learned linear function of its input and of the mean of that around it; 'value' its own value
+            vector; 'mean' the mean of the value vectors around it (:mod:`ppsr.archs.window_compensation`).
         pp_threshold: of the masks 'variance' and 'both': standard deviation of the colours around a pixel, for values
             in [0, 1], below which it is flat; None = 0.07.
         pp_mask: 'colour', the paper's; 'variance', 'dynamic', 'both' (:mod:`ppsr.masks`); another registered mask
@@ -225,8 +257,11 @@ class PurePassOptions:
         pp_compensation: str = 'value',
         pp_mask: str | Mapping = 'colour',
         pp_threshold: float | None = None,
+        pp_scope: Sequence[str] = ('category',),
+        pp_window_compensation: str = 'linear',
         **kwargs,
     ):
+        require_scope(pp_scope, self.scopes)
         settings = PurePassSettings(
             mask=pp_mask,
             num_centers=pp_num_centers,
@@ -235,8 +270,18 @@ class PurePassOptions:
             fuse=pp_fuse,
             threshold=pp_threshold,
             compensation=pp_compensation,
+            scope=tuple(pp_scope),
+            window_compensation=pp_window_compensation,
         )
         super().__init__(pure_pass=settings, **kwargs)
+
+    @classmethod
+    def config_from(cls, state_dict: Mapping[str, Tensor]) -> dict | None:
+        """That of the network without a mask; with window attention in its scope if there is a learned stand-in."""
+        config = super().config_from(state_dict)
+        if config is not None and 'window' in cls.scopes and any('.comp.weight' in name for name in state_dict):
+            config |= {'pp_scope': list(cls.scopes), 'pp_window_compensation': 'linear'}
+        return config
 
 
 @runtime_checkable

@@ -6,6 +6,8 @@ a file cannot ask for all memory there is. What goes together with what, the con
 
 from collections.abc import Mapping
 
+from ppsr.archs.masked import SCOPES
+from ppsr.archs.window_compensation import WINDOW_COMPENSATIONS
 from ppsr.errors import UserError
 from ppsr.masks import list_masks
 from ppsr.schema import Choice, Kind, Number, Several, Truth, Whole, show
@@ -56,6 +58,8 @@ SETTINGS: dict[str, tuple[Kind, bool]] = {
     'pp_threshold': (Number(above=0, most=2), True),
     'pp_compensation': (Choice('value', 'bypass', 'zero'), False),
     'pp_mask': (MaskName(), False),
+    'pp_scope': (Several(Choice(*SCOPES), most=len(SCOPES)), False),
+    'pp_window_compensation': (Choice(*WINDOW_COMPENSATIONS), False),
     'camixer_ratio': (Number(0, 1), False),
 }
 
