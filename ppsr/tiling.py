@@ -12,7 +12,6 @@ How two neighbours share their `overlap`: a quarter on either side is thrown awa
 that the image does not have; the half in the middle is faded over with weights that are strictly positive.
 """
 
-import math
 import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -300,22 +299,6 @@ def multiple_of(net) -> int:
     """What the sides of a network's input are padded to; 16, the usual one, for networks that do not say."""
     contract = as_masked(net)
     return 16 if contract is None else contract.multiple
-
-
-def largest_tile(allowed: float, per_pixel: float, per_row: float, overlap: int, multiple: int = 16) -> int:
-    """The largest tile with tile²·per_pixel + tile·per_row ≤ allowed, a multiple of `multiple`; 0 = none makes sense.
-
-    Args:
-        allowed: bytes.
-        per_pixel: bytes that the network needs per input pixel.
-        per_row: bytes per input row of a tile (:func:`accumulator_bytes`).
-        overlap: of the tiles; a tile of less than 2·overlap + multiple would compute everything many times.
-        multiple: what the network pads its input to (:func:`multiple_of`).
-    """
-    if allowed <= 0:
-        return 0
-    tile = int((math.sqrt(per_row**2 + 4 * per_pixel * allowed) - per_row) / (2 * per_pixel)) // multiple * multiple
-    return tile if tile >= 2 * overlap + multiple else 0
 
 
 def accumulator_bytes(width: int, scale: int) -> int:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ppsr.archs import ATDLight, PPATDLight
 from ppsr.errors import UserError
-from ppsr.tiling import blend_weights, count_tiles, largest_tile, tile_starts, tiled_bands, tiled_forward
+from ppsr.tiling import blend_weights, count_tiles, tile_starts, tiled_bands, tiled_forward
 
 TINY = dict(
     upscale=2,
@@ -163,15 +163,3 @@ def test_a_network_without_mask_counts_dense():
 def test_senseless_tiles_are_refused(tile, overlap):
     with pytest.raises(UserError):
         tiled_forward(Local(0), torch.rand(1, 3, 20, 20), tile, overlap)
-
-
-@given(st.floats(0, 1e12), st.floats(1, 1e5), st.floats(0, 1e7), st.integers(0, 64))
-def test_the_largest_tile_fits_and_is_the_largest(allowed, per_pixel, per_row, overlap):
-    tile = largest_tile(allowed, per_pixel, per_row, overlap)
-    larger = tile + 16
-    assert tile % 16 == 0
-    if tile:
-        assert tile**2 * per_pixel + tile * per_row <= allowed * (1 + 1e-9) and tile >= 2 * overlap + 16
-    else:
-        larger = -(-(2 * overlap + 16) // 16) * 16
-    assert larger**2 * per_pixel + larger * per_row > allowed * (1 - 1e-9)

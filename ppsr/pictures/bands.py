@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ppsr.images import LUMA
 
-__all__ = ['BAND_ROWS', 'fill_transparent', 'resize_bands', 'split_alpha', 'to_numpy', 'with_alpha']
+__all__ = ['BAND_ROWS', 'fill_transparent', 'resize_bands', 'split_alpha', 'to_numpy', 'with_alpha', 'working_bytes']
 
 BAND_ROWS = 64
 
@@ -90,3 +90,18 @@ def resize_bands(bands: Iterable[np.ndarray], source: tuple[int, int], target: t
             done = stop
         unused = max(0, int(done * step - reach) - first)
         buffer, first = buffer[unused:], first + unused
+
+
+def working_bytes(shape: tuple[int, int, int], scale: int, outscale: float) -> float:
+    """Bytes that all this takes at most: copies of the picture, bands of the result, rows under the filter.
+
+    Args:
+        shape: (H, W, C) of the picture.
+        scale, outscale: factors of the network and of the result.
+    """
+    height, width, channels = shape
+    bands = 12 * BAND_ROWS * max(width * scale, round(width * outscale)) * 4 * channels
+    lanczos = 0
+    if outscale != scale:
+        lanczos = 4 * 2 * channels * width * scale * (6 * max(1, scale / outscale) + BAND_ROWS)
+    return height * width * (1 + (20 if channels in (2, 4) else 0)) + bands + lanczos

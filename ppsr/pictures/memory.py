@@ -13,7 +13,7 @@ import torch
 
 from ppsr.errors import UserError
 
-__all__ = ['free_memory', 'is_out_of_memory', 'measure_bytes_per_pixel', 'parse_size', 'used_memory']
+__all__ = ['free_memory', 'gib', 'is_out_of_memory', 'measure_bytes_per_pixel', 'parse_size', 'used_memory']
 
 PROBE = 128  # side of the noise image that a network is measured with
 SAMPLE_SECONDS = 0.002
@@ -34,6 +34,15 @@ def parse_size(text: str | int) -> int:
         shown = repr(text) if len(repr(text)) < 40 else f'{repr(text)[:30]}…'
         raise UserError(f'{shown} is not an amount of memory; write it like 800M or 4G.')
     return size
+
+
+def gib(size: float) -> str:
+    """Bytes for a message.
+
+    >>> gib(1.5 * 2**30)
+    '1.5 GiB'
+    """
+    return f'{size / 2**30:.1f} GiB'
 
 
 def free_memory(device: torch.device) -> int:

@@ -40,14 +40,14 @@ from ppsr.images import (
     write_picture,
 )
 from ppsr.pictures import memory
-from ppsr.pictures.bands import BAND_ROWS, resize_bands, split_alpha, to_numpy, with_alpha
+from ppsr.pictures.bands import resize_bands, split_alpha, to_numpy, with_alpha, working_bytes
+from ppsr.pictures.tile_choice import TileChoice
 from ppsr.tiling import (
     DEFAULT_OVERLAP,
     Totals,
     accumulator_bytes,
     check_tiles,
     count_tiles,
-    largest_tile,
     multiple_of,
     run_network,
     tiled_bands,
@@ -58,12 +58,6 @@ __all__ = ['DTYPES', 'Stats', 'Upscaler', 'resolve_device', 'resolve_dtype']
 
 OUTSCALES = (0.01, 100.0)  # factors that make sense; beyond, only numbers that nobody meant
 
-# A network is only measured when this many bytes per input pixel do not fit; three times what PP-ATD-light at ×4 was
-# measured to need (docs/upscale.md).
-SURELY_ENOUGH = 16 * 1024
-SAFETY = 1.25  # on the measured bytes per pixel
-SHARE_OF_FREE = 0.85  # of the memory that is free or allowed; the rest is for the holes that a heap gets
-MAX_CALL = 2**23  # input pixels of one network call: tensors stay below 2³¹ elements, which all kernels can index
 READ_BYTES = 12  # per pixel while a picture is decoded: Pillow's copy and ours
 
 logger = logging.getLogger('ppsr')
@@ -152,17 +146,16 @@ class Upscaler:
         self.tile, self.tile_overlap = tile, tile_overlap
         self.max_memory = None if max_memory is None else memory.parse_size(max_memory)
         self.say = say
-        self._bytes_per_pixel: float | None = None
+        self._tiles = TileChoice(self.device, multiple_of(net))
         self.__setstate__({})
 
     def __getstate__(self) -> dict:
         """For pickle and copy: everything but what belongs to this process's threads."""
-        return {name: value for name, value in vars(self).items() if name not in ('_last', '_measuring')}
+        return {name: value for name, value in vars(self).items() if name != '_last'}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         self._last = threading.local()
-        self._measuring = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -299,8 +292,10 @@ class Upscaler:
             width, height = read_size(source)
             needed = memory.used_memory(self.device) + READ_BYTES * width * height
             if needed > self.max_memory:
-                allowed = _gib(self.max_memory)
-                raise UserError(f'{source} needs {_gib(needed)} of memory to be opened, and {allowed} are allowed.')
+                allowed = memory.gib(self.max_memory)
+                raise UserError(
+                    f'{source} needs {memory.gib(needed)} of memory to be opened, and {allowed} are allowed.'
+                )
         return read_picture(source)
 
     def _remember(self, stats: Stats, start: float) -> Stats:
@@ -363,27 +358,16 @@ class Upscaler:
                 if not memory.is_out_of_memory(error):
                     raise
             # outside of the except block: the traceback would keep the tensors alive
-            tile = self._smaller_tile(tile, max(height, width))
+            side = max(height, width)
+            tried = f'tiles of {tile}' if 0 < tile < side else 'the whole image'
+            tile = self._tiles.smaller(tile, self.tile_overlap, side)
+            self.say(f'Out of memory with {tried}: trying {tile}.')
         out = self._output_shape(pixels.shape)
         mask = None if totals.mask is None else totals.mask[0].numpy()
         gmacs, dense = totals.macs / 1e9, totals.dense_macs / 1e9
         tile = 0 if totals.tiles == 1 else tile
         size, out_size = (width, height), (out[1], out[0])
         return result, Stats(size, out_size, totals.pure_share, gmacs, dense, 0.0, tile, totals.tiles, mask)
-
-    def _smaller_tile(self, tile: int, side: int) -> int:
-        before = min(tile or side, side)
-        multiple = multiple_of(self.net)
-        tile = before // 2 // multiple * multiple
-        if tile <= self.tile_overlap:
-            raise UserError(
-                f'Out of memory even with tiles of {before} pixels; close other programs, or use a smaller '
-                'tile overlap.'
-            )
-        if self.device.type == 'cuda':
-            torch.cuda.empty_cache()
-        self.say(f'Out of memory with {f"tiles of {before}" if before < side else "the whole image"}: trying {tile}.')
-        return tile
 
     def _rows(self, pixels: np.ndarray, tile: int, totals: Totals, on_tile: Callable[[], None]) -> Iterator[np.ndarray]:
         """The result in bands (rows, W', C), in the dtype of `pixels`."""
@@ -425,67 +409,24 @@ class Upscaler:
                 raise UserError('The network gives values that are not finite; its weights are damaged.')
         return sr, mask
 
-    # --------------------------------------------------------------------------------------------------- memory
-
     def _choose_tile(self, pixels: np.ndarray, result_bytes: int) -> int:
-        """The tile asked for, unless a memory limit forbids it; without a wish, the largest that memory allows."""
-        if self.tile is not None and self.max_memory is None:
-            return self.tile
-        largest = self._largest_tile(pixels, result_bytes)
-        if self.tile is None or largest == 0:
-            return self.tile or largest
-        if 0 < self.tile <= largest:
-            return self.tile
-        self.say(f'{_gib(self.max_memory)} are enough for tiles of {largest} pixels: these are used.')
-        return largest
-
-    def _largest_tile(self, pixels: np.ndarray, result_bytes: int) -> int:
-        """0 (the whole picture) if the memory allows it, else the side of the largest tile that it allows."""
-        height, width, channels = pixels.shape
-        on_cpu = self.device.type == 'cpu'
-        fixed = result_bytes + self._working_bytes(pixels) if on_cpu else 0
-        free = memory.free_memory(self.device)
-        if self.max_memory is not None:
-            free = min(free, self.max_memory - memory.used_memory(self.device))
-        budget = SHARE_OF_FREE * free
-        room = budget - fixed
-        area = height * width
-        if area <= MAX_CALL and area * SURELY_ENOUGH <= room:
-            return 0
-        per_pixel = self._measured_bytes_per_pixel()
-        # padding to whole windows counts in small or narrow images
-        multiple = multiple_of(self.net)
-        padded = -(-height // multiple) * multiple * (-(-width // multiple) * multiple)
-        if area <= MAX_CALL and padded * per_pixel <= room:
-            return 0
-        per_row = accumulator_bytes(width, self.scale) if on_cpu else 0
-        most = int(MAX_CALL**0.5) // multiple * multiple
-        tile = min(largest_tile(room, per_pixel, per_row, self.tile_overlap, multiple), most)
-        if tile <= 0:
-            smallest = -(-(2 * self.tile_overlap) // multiple) * multiple + multiple
-            missing = smallest**2 * per_pixel + smallest * per_row - room
-            raise UserError(
-                f'{width}×{height} pixels need {_gib(budget + missing)} of memory at least, and {_gib(budget)} are '
-                'free or allowed; allow more, write --ext png or tiff, or take a smaller picture.'
-            )
+        """The tile for this picture; `result_bytes` are what it makes the caller hold until the end."""
+        size, fixed, per_row = pixels.shape[:2], 0.0, 0.0
+        if self.device.type == 'cpu':  # else the network has a memory of its own
+            fixed = result_bytes + working_bytes(pixels.shape, self.scale, self.outscale)
+            per_row = accumulator_bytes(size[1], self.scale)
+        tile = self._tiles.choose(
+            size,
+            self.tile,
+            self.tile_overlap,
+            fixed,
+            per_row,
+            self.max_memory,
+            run=lambda lq: self._run(self.net, lq, Totals()),
+        )
+        if self.tile is not None and tile != self.tile:
+            self.say(f'{memory.gib(self.max_memory)} are enough for tiles of {tile} pixels: these are used.')
         return tile
-
-    def _working_bytes(self, pixels: np.ndarray) -> float:
-        """Bytes beside the network, the accumulator and the result: copies of the picture, bands of the result."""
-        height, width, channels = pixels.shape
-        with_alpha = channels in (2, 4)
-        bands = 12 * BAND_ROWS * max(width * self.scale, round(width * self.outscale)) * 4 * channels
-        lanczos = 0
-        if self.outscale != self.scale:  # rows under the filter
-            lanczos = 4 * 2 * channels * width * self.scale * (6 * max(1, self.scale / self.outscale) + BAND_ROWS)
-        return height * width * (1 + (20 if with_alpha else 0)) + bands + lanczos
-
-    def _measured_bytes_per_pixel(self) -> float:
-        with self._measuring:
-            if self._bytes_per_pixel is None:
-                measured = memory.measure_bytes_per_pixel(lambda lq: self._run(self.net, lq, Totals()), self.device)
-                self._bytes_per_pixel = SAFETY * measured
-            return self._bytes_per_pixel
 
 
 def _number(name: str, value, low: float, high: float) -> float:
@@ -498,10 +439,6 @@ def _number(name: str, value, low: float, high: float) -> float:
         shown = repr(value) if len(repr(value)) < 40 else f'{repr(value)[:30]}…'
         raise UserError(f'{name} must be a number from {low:g} to {high:g}, got {shown}.')
     return number
-
-
-def _gib(size: float) -> str:
-    return f'{size / 2**30:.1f} GiB'
 
 
 def _check_array(image: np.ndarray) -> np.ndarray:
