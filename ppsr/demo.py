@@ -6,6 +6,8 @@ from pathlib import Path
 
 from basicsr.metrics import calculate_metric
 
+from ppsr.archs.build import build_masked
+from ppsr.archs.masked import MaskedNetwork
 from ppsr.shipped import options_file
 
 __all__ = ['run_demo']
@@ -50,7 +52,9 @@ def run_demo() -> signal.Signals | None:
     rows[f'PP-ATD-light ×4, {steps} steps later'] = test_pipeline(trained)[dataset['name']]
 
     _say(5, 'Draw: enlarged pictures and masks')
-    pictures = _draw(dataset, Path(trained['path']['visualization'], dataset['name']))
+    pictures = _draw(
+        dataset, build_masked(trained['network_g']), Path(trained['path']['visualization'], dataset['name'])
+    )
 
     print(
         f'\nHeld-out photographs ({dataset["name"]}), means; PSNR and SSIM on Y. {time.time() - start:.0f} s in all.\n'
@@ -94,11 +98,10 @@ def _bicubic(dataset: dict, opt: dict) -> dict[str, float]:
     return {metric: value / len(paths) for metric, value in sums.items()}
 
 
-def _draw(dataset: dict, enlarged: Path) -> Path:
+def _draw(dataset: dict, net: MaskedNetwork, enlarged: Path) -> Path:
     """An overlay of the mask and a comparison for every picture, beside the enlarged ones."""
     from ppsr.data.bicubic import imresize_bicubic
     from ppsr.images import read_picture, write_file
-    from ppsr.masks.pure_pass import PurePass
     from ppsr.pictures.visualize import comparison, mask_overlay, network_mask, panels
 
     folder = enlarged.parent / f'{dataset["name"]}_masks'
@@ -107,10 +110,10 @@ def _draw(dataset: dict, enlarged: Path) -> Path:
         lq = read_picture(path).pixels
         sr = read_picture(next(enlarged.glob(f'{path.stem}_*.png'))).pixels
         gt = read_picture(Path(dataset['dataroot_gt'], path.name)).pixels[: sr.shape[0], : sr.shape[1]]
-        pure = network_mask(lq, PurePass())
-        write_file(folder / f'{path.stem}_mask.png', mask_overlay(lq, pure))
+        pure = network_mask(lq, net.pure_pass, net.multiple)
+        write_file(folder / f'{path.stem}_mask.png', mask_overlay(lq, pure, net.pure_pass))
         bicubic = imresize_bicubic(lq, sr.shape[0] // lq.shape[0], up=True)
-        write_file(folder / f'{path.stem}_comparison.png', panels(comparison(lq, bicubic, sr, pure, gt=gt)))
+        write_file(folder / f'{path.stem}_comparison.png', panels(comparison(lq, bicubic, sr, pure, net.pure_pass, gt)))
     return folder
 
 

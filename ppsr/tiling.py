@@ -35,6 +35,7 @@ __all__ = [
 
 DEFAULT_OVERLAP = 32
 MAX_TILE = 2**20
+USUAL_MULTIPLE = 16  # of other people's networks: whole windows of most, and no harm to the rest
 
 
 @dataclass
@@ -296,9 +297,9 @@ def tiled_forward(
 
 
 def multiple_of(net) -> int:
-    """What the sides of a network's input are padded to; 16, the usual one, for networks that do not say."""
+    """What the sides of a network's input are padded to; :data:`USUAL_MULTIPLE` for networks that do not say."""
     contract = as_masked(net)
-    return 16 if contract is None else contract.multiple
+    return USUAL_MULTIPLE if contract is None else contract.multiple
 
 
 def accumulator_bytes(width: int, scale: int) -> int:

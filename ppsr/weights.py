@@ -21,7 +21,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ppsr.archs.build import as_arch, build_network, config_from, dense_variant
+from ppsr.archs.build import as_arch, build_network, config_from, dense_variant, derived_buffers
 from ppsr.archs.masked import as_masked
 from ppsr.atomic import atomic_path
 from ppsr.device import torch_defaults
@@ -48,9 +48,6 @@ __all__ = [
 MAX_NAME = 100  # characters of a parameter's name in a message
 DEFAULT_MODEL = 'PPATDLight_x4'
 FAMILY = re.compile(r'PPATDLight_x(\d+)')  # the shipped weights of each scale
-# Buffers of the published checkpoints that follow from the configuration. Networks put them into their state dicts,
-# so that other programs find them in our files; reading leaves them out, and loading does not ask for them.
-DERIVABLE = ('relative_position_index_SA',)
 
 
 @dataclass
@@ -58,7 +55,8 @@ class Checkpoint:
     """What a weight file holds.
 
     Attributes:
-        state_dict: parameter name -> tensor, on the CPU, without derivable buffers and 'module.' prefixes.
+        state_dict: parameter name -> tensor, on the CPU, without 'module.' prefixes and without what follows from the
+            configuration (:func:`ppsr.archs.build.derived_buffers`).
         config: ``type`` and constructor arguments of the network, or None where the file does not say.
         facts: model card (strings, numbers), may be empty.
         key: under which key the parameters were: 'params_ema', 'params', or '' for a bare state dict.
@@ -177,7 +175,8 @@ def _read_safetensors(path: Path) -> Checkpoint:
 
 def _clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {name.removeprefix('module.'): value for name, value in state.items()}
-    return {name: value for name, value in state.items() if name not in DERIVABLE}
+    derived = derived_buffers()
+    return {name: value for name, value in state.items() if name not in derived}
 
 
 def _first_line(e: Exception) -> str:
@@ -247,11 +246,11 @@ def require_fit(net: nn.Module, checkpoint: Checkpoint) -> None:
                 f'{checkpoint.path}: has no stand-in for window attention, which pp_scope exempts; fit one to it with '
                 'ppsr calibrate, take a file that has one, or set pp_window_compensation: value.'
             )
-        scale = getattr(net, 'upscale', None)
-        if checkpoint.scale and scale and checkpoint.scale != scale:
+        contract = as_masked(net)
+        if contract is not None and checkpoint.scale not in (None, contract.upscale):
             raise UserError(
-                f'{checkpoint.path}: weights for ×{checkpoint.scale}, but the network is ×{scale}; name a checkpoint '
-                'of that scale (or set strict_load_g: false to fine-tune from it).'
+                f'{checkpoint.path}: weights for ×{checkpoint.scale}, but the network is ×{contract.upscale}; name a '
+                'checkpoint of that scale (or set strict_load_g: false to fine-tune from it).'
             )
         raise UserError(f'{checkpoint.path}: does not fit {type(net).__name__}: {_some(problems, "; ")}.')
 

@@ -388,6 +388,8 @@ class ATDNetwork(MaskedNetwork):
         ValueError: a value that is not supported, named.
     """
 
+    derived_buffers = (PUBLISHED_BUFFER,)
+
     def __init__(
         self,
         *,

@@ -23,6 +23,7 @@ __all__ = [
     'check_network',
     'config_from',
     'dense_variant',
+    'derived_buffers',
     'network_arguments',
     'title_of',
 ]
@@ -150,6 +151,12 @@ def config_from(state_dict: Mapping[str, Tensor], arch: str | None = None) -> di
         return found[min(found)]
     what = 'an ATD-light network or another of ppsr' if arch is None else arch
     raise UserError(f'these weights are not those of {what}; give the configuration of their network.')
+
+
+def derived_buffers() -> frozenset[str]:
+    """The :attr:`MaskedNetwork.derived_buffers` of all registered networks."""
+    networks = (cls for _, cls in ARCH_REGISTRY if inspect.isclass(cls) and issubclass(cls, MaskedNetwork))
+    return frozenset(name for cls in networks for name in cls.derived_buffers)
 
 
 def title_of(net: nn.Module) -> str:

@@ -130,6 +130,8 @@ class MaskedNetwork(nn.Module, ABC):
         scopes: attentions that pure pixels can be exempt from, as `pp_scope` names them.
         not_options: constructor arguments that are for Python (factories, objects), not for options files.
         auxiliary_weights: of :meth:`auxiliary_losses`, unless the options say otherwise.
+        derived_buffers: names in the state dict that follow from the configuration: written for other programs, and
+            neither kept nor asked for when weights are read.
     """
 
     title: ClassVar[str] = 'Network'
@@ -137,6 +139,7 @@ class MaskedNetwork(nn.Module, ABC):
     scopes: ClassVar[tuple[str, ...]] = ('category',)
     not_options: ClassVar[tuple[str, ...]] = ('pure_pass', 'layer_fn', 'group_fn', 'group_norm')
     auxiliary_weights: ClassVar[dict[str, float]] = {}
+    derived_buffers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, upscale: int, multiple: int = 1, mask: PixelMask | None = None):
         super().__init__()

@@ -25,6 +25,8 @@ def configure(parser) -> None:
 
 
 def run(args) -> int:
+    from ppsr.archs import PPATDLight
+    from ppsr.archs.build import network_arguments
     from ppsr.errors import UserError
     from ppsr.images import as_rgb, atomic_file, format_of, read_picture, write_picture
     from ppsr.masks import build_mask
@@ -37,6 +39,7 @@ def run(args) -> int:
         pure_pass = build_mask(args.mask, **{name: value for name, value in settings.items() if value is not None})
     except ValueError as error:
         raise UserError(str(error).rstrip('.') + '.') from None
+    multiple = network_arguments(PPATDLight)['window_size'].default  # as the published networks pad
     plan = plan_jobs(args.input, args.output, args.suffix, 'png', args.recursive)
     if any(STREAM in (job.source, job.target) for job in plan.jobs):
         raise UserError('ppsr mask reads and writes files, not standard input and output.')
@@ -49,7 +52,7 @@ def run(args) -> int:
                 print(f'{job.target} exists already (--overwrite replaces it).')
                 continue
             rgb = as_rgb(read_picture(open_source(job.source)).pixels)
-            pure = network_mask(rgb, pure_pass)
+            pure = network_mask(rgb, pure_pass, multiple)
             overlay = mask_overlay(rgb, pure, pure_pass)
             shape = (args.zoom * overlay.shape[0], args.zoom * overlay.shape[1], 3)
             rows = (enlarge_nearest(row[None], args.zoom) for row in overlay)  # never all of it in memory

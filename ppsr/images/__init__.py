@@ -8,7 +8,6 @@ from ppsr.images.decode import (
     image_size,
     read_header,
     read_picture,
-    read_size,
     to_pil,
 )
 from ppsr.images.encode import atomic_file, check_format, losses, write_file, write_picture, write_png
@@ -36,7 +35,6 @@ __all__ = [
     'losses',
     'read_header',
     'read_picture',
-    'read_size',
     'to_8_bits',
     'to_image',
     'to_pil',

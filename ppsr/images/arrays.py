@@ -32,8 +32,8 @@ def to_tensor(image: np.ndarray) -> Tensor:
 
 
 def to_image(tensor: Tensor) -> np.ndarray:
-    """(1, 3, H, W) in [0, 1] -> uint8 RGB (H, W, 3), clipped and rounded."""
-    return (tensor[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    """(1, C, H, W) in [0, 1], of any floating type -> uint8 (H, W, C), clipped and rounded."""
+    return (tensor[0].detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:

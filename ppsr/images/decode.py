@@ -30,7 +30,6 @@ __all__ = [
     'image_size',
     'read_header',
     'read_picture',
-    'read_size',
     'to_pil',
 ]
 
@@ -58,7 +57,10 @@ def read_picture(source: str | os.PathLike | BinaryIO | bytes, name: str | None 
 
 
 def read_header(source: str | os.PathLike | BinaryIO | bytes, name: str | None = None) -> Header:
-    """Size, mode, depth and orientation, without decoding; raises UserError as :func:`read_picture` does."""
+    """Size, mode, depth and orientation, without decoding; raises UserError as :func:`read_picture` does.
+
+    ``.upright`` is the (height, width) of the picture that :func:`read_picture` gives.
+    """
     with _opened(source, name, stream=False) as (file, name), _user_errors(name), _settings():
         form = recognise(file, name)
         if form in OWN:
@@ -70,11 +72,6 @@ def read_header(source: str | os.PathLike | BinaryIO | bytes, name: str | None =
             elif form == 'JPEG2000':
                 bits = deep.jp2_bits(_head(file), name)
             return Header(*image.size, image.mode.split(';')[0], bits, _orientation(image))
-
-
-def read_size(source: str | os.PathLike) -> tuple[int, int]:
-    """(width, height) when turned upright, from the header alone; raises UserError as :func:`read_picture` does."""
-    return read_header(source).upright[::-1]
 
 
 # ----------------------------------------------------------------------------------------------------------- data sets

@@ -16,15 +16,15 @@ import torch
 import torch.distributed
 from basicsr.metrics import calculate_metric
 from basicsr.models.sr_model import SRModel
-from basicsr.utils import get_root_logger, tensor2img
+from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from ppsr.archs.masked import HasAuxiliaryLosses, as_masked
-from ppsr.atomic import atomic_path
 from ppsr.errors import UserError
+from ppsr.images import to_image, write_png
 from ppsr.registry import register
 from ppsr.tiling import DEFAULT_OVERLAP, tiled_forward
 from ppsr.training import checkpoints, resume
@@ -421,7 +421,7 @@ class PurePassSRModel(SRModel):
                             unscored.append(f'{path}: {metric} is not a number. It has no score.')
                         sums[metric] += value
                     if save_img:
-                        _write_image(self._image_path(dataset, path, current_iter), images['img'])
+                        write_png(self._image_path(dataset, path, current_iter), images['img'][..., ::-1])
                 else:
                     sums.update(dict.fromkeys(metrics, math.nan))
                     unscored.append(f'{path}: the output is not finite{self._why_not_finite()}. No score, no picture.')
@@ -460,10 +460,8 @@ class PurePassSRModel(SRModel):
 
     def _as_images(self) -> dict:
         """Result and ground truth as uint8 BGR images, under the names that basicsr's metrics take."""
-        images = {'img': tensor2img([self.output.detach()])}
-        if hasattr(self, 'gt'):
-            images['img2'] = tensor2img([self.gt.detach()])
-        return images
+        images = {'img': self.output} | ({'img2': self.gt} if hasattr(self, 'gt') else {})
+        return {name: np.ascontiguousarray(to_image(image)[..., ::-1]) for name, image in images.items()}
 
     def _forget_images(self) -> None:
         for attribute in ('lq', 'gt', 'output'):
@@ -523,15 +521,5 @@ def _append(path: Path, line: str) -> None:
     try:
         with open(path, 'a', encoding='utf-8') as file:
             file.write(line + '\n')
-    except OSError as e:
-        raise UserError(f'{path} cannot be written ({e.strerror or e}).') from e
-
-
-def _write_image(path: Path, bgr: np.ndarray) -> None:
-    """A uint8 BGR image as PNG, whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(cv2.imencode('.png', bgr)[1].tobytes())
     except OSError as e:
         raise UserError(f'{path} cannot be written ({e.strerror or e}).') from e

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ppsr.archs.masked import mask_module
 from ppsr.errors import UserError
-from ppsr.images import FORMATS, IMAGE_SUFFIXES, Picture, read_size, write_file
+from ppsr.images import FORMATS, IMAGE_SUFFIXES, Picture, read_header, write_file
 from ppsr.pictures.upscaler import Stats, Upscaler
 
 __all__ = ['EXTENSIONS', 'STREAM', 'Job', 'Plan', 'Summary', 'exists', 'open_source', 'plan_jobs', 'run_jobs']
@@ -440,7 +440,7 @@ class _Bar:
         if job.source == STREAM or not os.path.isfile(job.source):  # what comes only once is not looked at twice
             return 1.0
         try:
-            width, height = read_size(job.source)
+            height, width = read_header(job.source).upright
         except UserError:  # told when its turn comes
             return 0.0
         return width * height / 1e6

@@ -34,8 +34,8 @@ from ppsr.images import (
     format_of,
     from_pil,
     losses,
+    read_header,
     read_picture,
-    read_size,
     to_pil,
     write_picture,
 )
@@ -289,7 +289,7 @@ class Upscaler:
     def read(self, source: str | os.PathLike | BinaryIO) -> Picture:
         """Read a picture if the memory allowed is enough for that; UserError otherwise."""
         if self.max_memory is not None and self.device.type == 'cpu' and not hasattr(source, 'read'):
-            width, height = read_size(source)
+            height, width = read_header(source).upright
             needed = memory.used_memory(self.device) + READ_BYTES * width * height
             if needed > self.max_memory:
                 allowed = memory.gib(self.max_memory)

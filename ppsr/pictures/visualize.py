@@ -19,19 +19,19 @@ TINT = 0.55  # share of the mask's colour in a pure pixel
 BAND_ROWS = 256  # labels are computed in float64 for K centres at once: a band at a time
 
 
-def network_mask(rgb: np.ndarray, mask: PixelMask, window_size: int = 16) -> np.ndarray:
-    """The mask that a network uses for an image, which it pads to whole attention windows first.
+def network_mask(rgb: np.ndarray, mask: PixelMask, multiple: int) -> np.ndarray:
+    """The mask that a network uses for an image, which it pads first, without the network.
 
     Args:
         rgb: (H, W, 3) uint8.
         mask: that of the network.
-        window_size: of the network's window attention.
+        multiple: what the network pads both sides to (:class:`ppsr.archs.MaskedNetwork`).
 
     Returns:
         (H, W) bool, True = pure.
     """
     height, width = rgb.shape[:2]
-    rgb = np.pad(rgb, ((0, -height % window_size), (0, -width % window_size), (0, 0)), mode='symmetric')
+    rgb = np.pad(rgb, ((0, -height % multiple), (0, -width % multiple), (0, 0)), mode='symmetric')
     pure = np.empty(rgb.shape[:2], bool)
     w = mask.period or len(rgb)
     step = max(BAND_ROWS // w, 1) * w

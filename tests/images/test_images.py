@@ -21,8 +21,8 @@ from ppsr.images import (
     atomic_file,
     format_of,
     from_pil,
+    read_header,
     read_picture,
-    read_size,
     to_pil,
     write_file,
     write_picture,
@@ -188,7 +188,7 @@ def test_tiff_of_16_bits_in_all_its_ways(tmp_path):
     premultiplied[..., :3] = np.rint(rgba[..., :3] * (rgba[..., 3:] / 65535))
     tifffile.imwrite(path, premultiplied, photometric='rgb', extrasamples=['assocalpha'])
     assert np.abs(read_picture(path).pixels.astype(int) - rgba).max() <= 2
-    assert read_size(path) == (23, 37)
+    assert read_header(path).upright == (37, 23)
     tifffile.imwrite(path, rgba, photometric='separated')
     with pytest.raises(UserError, match='SEPARATED'):
         read_picture(path)

@@ -36,7 +36,7 @@ def test_the_mask_shown_is_the_mask_used(monkeypatch, size, window, shift, band)
     rgb, pure_pass = blocks(*size), PurePass(8, window, shift)
     lq = torch.from_numpy(rgb).permute(2, 0, 1)[None].float() / 255
     expected = pure_pass(mirror_pad(lq, 16))[0, : size[0], : size[1]].numpy()
-    np.testing.assert_array_equal(network_mask(rgb, pure_pass), expected)
+    np.testing.assert_array_equal(network_mask(rgb, pure_pass, 16), expected)
 
 
 def test_overlay_tints_pure_pixels_in_the_colour_of_their_label():
