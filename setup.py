@@ -125,6 +125,18 @@ setup(
         'matplotlib',
         'basicsr==1.4.2',
     ],
-    extras_require={'test': ['pytest', 'pytest-timeout', 'pytest-xdist', 'hypothesis', 'ruff', 'spandrel>=0.4.2']},
+    extras_require={
+        'spandrel': ['spandrel>=0.4.2'],
+        'hub': ['huggingface_hub>=0.24'],
+        'test': [
+            'pytest',
+            'pytest-timeout',
+            'pytest-xdist',
+            'hypothesis',
+            'ruff',
+            'spandrel>=0.4.2',
+            'huggingface_hub>=0.24',
+        ],
+    },
     entry_points={'console_scripts': ['ppsr=ppsr_command:entry']},
 )

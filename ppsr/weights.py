@@ -41,6 +41,7 @@ __all__ = [
     'load_model',
     'read_checkpoint',
     'require_fit',
+    'require_shapes',
     'resolve',
     'save_checkpoint',
 ]
@@ -353,6 +354,12 @@ class _ShapesOnly(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
+def require_shapes(build: Callable[[], nn.Module], checkpoint: Checkpoint) -> None:
+    """As :func:`require_fit`, for a network of ours that is not built yet; takes no memory."""
+    with torch.device('meta'), _ShapesOnly():
+        require_fit(build(), checkpoint)
+
+
 def build_and_load(build: Callable[[], nn.Module], checkpoint: Checkpoint, arch: str) -> nn.Module:
     """Build the network of a checkpoint and load it. One of ours is compared before memory is taken for it.
 
@@ -360,8 +367,7 @@ def build_and_load(build: Callable[[], nn.Module], checkpoint: Checkpoint, arch:
         UserError: the parameters do not fit.
     """
     if is_ours(arch):  # anybody's constructor may do what needs data
-        with torch.device('meta'), _ShapesOnly():
-            require_fit(build(), checkpoint)
+        require_shapes(build, checkpoint)
     net = build()
     load_into(net, checkpoint)
     return net

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ppsr.archs.window_compensation import WINDOW_COMPENSATIONS, ExemptingLayer
+from ppsr.integrations.hub import HubNetwork
 from ppsr.masks import PixelMask, build_mask
 from ppsr.ops.category_attention import COMPENSATIONS
 
@@ -111,7 +112,7 @@ def require_scope(scope: Sequence[str], known: Sequence[str]) -> None:
 AS_PUBLISHED = PurePassSettings()
 
 
-class MaskedNetwork(nn.Module, ABC):
+class MaskedNetwork(HubNetwork, nn.Module, ABC):
     """Base of the networks here. It owns padding, mask and cropping; a subclass writes :meth:`restore` and
     :meth:`count`.
 

@@ -1,0 +1,1 @@
+"""Our networks in other people's programs: one module each, imported by who wants it."""
