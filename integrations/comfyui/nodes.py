@@ -68,7 +68,7 @@ class Upscale:
             'required': {
                 'model': ('PPSR_MODEL',),
                 'image': ('IMAGE',),
-                'factor': ('FLOAT', {'default': 0.0, 'min': 0.0, 'max': 16.0, 'step': 0.25, 'tooltip': '0: as trained'}),
+                'factor': ('FLOAT', {'default': 0.0, 'min': 0.0, 'max': 16.0, 'step': 0.25, 'tooltip': '0: its own'}),
                 'tile': ('INT', {'default': 0, 'min': 0, 'max': 4096, 'step': 16, 'tooltip': '0: as memory demands'}),
             }
         }

@@ -1,8 +1,7 @@
 """Our networks for programs that load weights with spandrel (ComfyUI, chaiNNer and others): docs/integrations.md.
 
 :func:`install` puts them into spandrel's registry, in front of spandrel's own ATD: weights of ATD-light then run in our
-network, with Pure-Pass. spandrel hands on parameters alone, so what leaves no trace in them (category_size, the settings
-of the mask) is taken as published; :func:`load` reads a weight file of ours with the settings that it carries.
+network, with Pure-Pass. spandrel hands on parameters alone, so what leaves no trace in them (category_size, the
 """
 
 from collections.abc import Mapping
