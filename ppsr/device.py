@@ -44,7 +44,9 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 def no_default_device() -> contextlib.AbstractContextManager:
     """Context in which tensors without a device are made on the CPU, whatever the user's program has set."""
-    if torch.get_default_device().type == 'cpu':  # as everywhere: entering a context would slow down every call
+    # asked of a tensor: torch.get_default_device() fails in torch 2.4 once a default has been taken back, and sees no
+    # `with torch.device(…)` there; on the CPU, as everywhere, entering a context would slow down every call
+    if torch.empty(0).device.type == 'cpu':
         return contextlib.nullcontext()
     return torch.device('cpu')
 

@@ -23,6 +23,8 @@ KEEP_BYTES = 1 << 30  # free memory at the top of the heap that malloc keeps ins
 def forbid_unpickling() -> Iterator[None]:
     """Let torch.load read nothing but weights meanwhile, in this process and its children, whatever calls it.
 
+    A context manager or a decorator.
+
     basicsr leaves `weights_only` to torch, whose default was False up to 2.5, and is with a variable since.
     """
     names = ('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_WEIGHTS_ONLY_LOAD')
@@ -31,7 +33,7 @@ def forbid_unpickling() -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[names[1]]
+        os.environ.pop(names[1], None)
         os.environ.update(before)
 
 

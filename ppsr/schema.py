@@ -20,7 +20,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, ValidationInfo, create_model
 from pydantic_core import CoreSchema, core_schema
@@ -45,6 +45,7 @@ __all__ = [
     'check',
     'join',
     'nearest',
+    'nothing_required',
     'of_signature',
     'show',
 ]
@@ -315,6 +316,14 @@ def check(section: type[Section], values: Any, where: str) -> dict:
         ) from None
     section.together(found, where)
     return found if section.complete else {key: value for key, value in found.items() if key in values}
+
+
+def nothing_required(section: type[Section]) -> type[Section]:
+    """The same section where no key has to be given; those that are left out without a default are None."""
+    keys = {n: (Annotated[(key.annotation, *key.metadata)], None) for n, key in section.model_fields.items()}
+    return create_model(
+        section.__name__, __base__=section, **{n: k for n, k in keys.items() if section.model_fields[n].is_required()}
+    )
 
 
 def of_signature(function: Callable, given: Sequence[str] = (), **kinds: Any) -> type[Section]:

@@ -319,7 +319,7 @@ def described(checkpoint: Checkpoint, arch: str | None = None) -> dict:
         UserError: the file names another network, or settings that none of ours takes or that are out of range; or its
             weights are not those of a network that we know.
     """
-    from ppsr.archs.settings import SETTINGS, check_settings
+    from ppsr.archs.settings import MASK_SETTINGS, SETTINGS, check_settings
 
     config, state, where = checkpoint.config, checkpoint.state_dict, f'{checkpoint.path}: its configuration'
     if config is None:
@@ -333,6 +333,11 @@ def described(checkpoint: Checkpoint, arch: str | None = None) -> dict:
     strange = next((key for key in config if key != 'type' and key not in SETTINGS), None)
     if strange is not None:
         raise UserError(f'{where} has {show(strange)}, which is no setting of a network of ppsr.')
+    mask = config.get('pp_mask')
+    own = mask if isinstance(mask, dict) else {}
+    strange = next((key for key in own if key != 'type' and key not in MASK_SETTINGS), None)
+    if strange is not None:
+        raise UserError(f'{where} → pp_mask has {show(strange)}, which is no setting of a mask of ppsr.')
     config = check_settings(config, where)
     if sum(config.get('depths', ())) > len(state):
         raise UserError(f'{where} asks for {sum(config["depths"])} layers, but there are {len(state)} tensors in all.')

@@ -447,8 +447,9 @@ def metadata_case(rng: random.Random) -> None:
     """A whole weight file whose metadata are made by a grammar: refused, or a network that enlarges a picture."""
     import safetensors.torch
 
-    from ppsr.archs.settings import SETTINGS
+    from ppsr.archs.settings import MASK_SETTINGS, SETTINGS
     from ppsr.convert import convert
+    from ppsr.masks import list_masks
     from ppsr.weights import load_model
 
     def value(depth: int = 0):
@@ -466,6 +467,9 @@ def metadata_case(rng: random.Random) -> None:
             config.pop(key, None)
         else:
             config[key] = value()
+    if rng.random() < 0.2:
+        own = {rng.choice([*MASK_SETTINGS, 'x']): rng.choice(NUMBERS) for _ in range(rng.choice([0, 1, 1, 2]))}
+        config |= {'type': 'PPATDLight', 'pp_mask': {'type': rng.choice(list_masks()), **own}}
     text = json.dumps(config)
     how = rng.randrange(8)
     if how == 0:

@@ -9,25 +9,29 @@ from collections.abc import Mapping
 from ppsr.archs.masked import SCOPES
 from ppsr.archs.window_compensation import WINDOW_COMPENSATIONS
 from ppsr.errors import UserError
-from ppsr.masks import list_masks
+from ppsr.masks import list_masks, settings_of
 from ppsr.schema import Choice, Kind, Number, Several, Truth, Whole, show
 
-__all__ = ['SETTINGS', 'check_settings']
+__all__ = ['MASK_SETTINGS', 'SETTINGS', 'check_settings']
 
 DIMENSION = Whole(1, 1024)
 
 
 class MaskName(Kind):
-    """A registered mask; or a mapping with its type, its own settings within the ranges of the pp_ options."""
+    """A registered mask; or a mapping with its type and settings that it takes, within the ranges of MASK_SETTINGS."""
 
     words = 'the name of a registered mask, or a mapping with its type and settings'
 
     def read(self, value, where):
         own = dict(value) if isinstance(value, Mapping) else {'type': value}
-        if own.get('type') not in list_masks():
+        name = own.get('type')
+        if name not in list_masks():
             raise ValueError(f'registered are {", ".join(list_masks())}')
+        takes = settings_of(name)
         for key, setting in own.items():
-            kind, optional = SETTINGS.get(f'pp_{key}', (None, False))
+            if key != 'type' and takes is not None and key not in takes:
+                raise ValueError(f'the mask {name!r} takes no {show(key)}; it takes {", ".join(takes) or "nothing"}')
+            kind, optional = MASK_SETTINGS.get(key, (None, False))
             if kind is not None and not (optional and setting is None):
                 own[key] = kind(setting, f'{where} → {key}')
         return own if isinstance(value, Mapping) else value
@@ -61,6 +65,12 @@ SETTINGS: dict[str, tuple[Kind, bool]] = {
     'pp_scope': (Several(Choice(*SCOPES), most=len(SCOPES)), False),
     'pp_window_compensation': (Choice(*WINDOW_COMPENSATIONS), False),
     'camixer_ratio': (Number(0, 1), False),
+}
+
+# the same for the mapping that pp_mask may be; masks of other packages have settings of their own
+MASK_SETTINGS: dict[str, tuple[Kind, bool]] = {
+    **{name: SETTINGS[f'pp_{name}'] for name in ('num_centers', 'window_size', 'shift', 'fuse', 'threshold')},
+    'iterations': (Whole(0, 100), False),
 }
 
 

@@ -39,14 +39,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ppsr.locks import Lock
     from ppsr.paper.tables import make
     from ppsr.weights import list_pretrained
 
     weights = args.weights or list(list_pretrained().values())
     command = shlex.join(['ppsr', *sys.argv[1:]])
     options = [Path(path) for path in args.opt]
-    with Lock(f'{args.cache}.lock', f'The cache {args.cache}'):
-        make(args.data, args.output, args.cache, weights, args.scales, options, args.ablations, command)
+    make(args.data, args.output, args.cache, weights, args.scales, options, args.ablations, command)
     print(f'{args.output}: written; begin with README.md.')
     return 0

@@ -1,6 +1,6 @@
 """Masks of the pixels that may skip expensive attention: one file each, found by name."""
 
-from ppsr.masks.base import PixelMask, build_mask, list_masks, register_mask
+from ppsr.masks.base import PixelMask, build_mask, list_masks, register_mask, settings_of
 from ppsr.masks.both import Both
 from ppsr.masks.controls import SameShare
 from ppsr.masks.dynamic import Dynamic
@@ -17,4 +17,5 @@ __all__ = [
     'build_mask',
     'list_masks',
     'register_mask',
+    'settings_of',
 ]

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ['PixelMask', 'build_mask', 'list_masks', 'register_mask']
+__all__ = ['PixelMask', 'build_mask', 'list_masks', 'register_mask', 'settings_of']
 
 _masks: dict[str, type['PixelMask']] = {}
 
@@ -67,6 +67,12 @@ def list_masks() -> list[str]:
     return list(_masks)
 
 
+def settings_of(name: str) -> list[str] | None:
+    """The settings that a registered mask takes, by name; None: it takes any."""
+    parameters = inspect.signature(_masks[name]).parameters.values()
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else [p.name for p in parameters]
+
+
 def build_mask(spec: str | Mapping = 'colour', **settings) -> PixelMask:
     """A mask by name.
 
@@ -84,9 +90,8 @@ def build_mask(spec: str | Mapping = 'colour', **settings) -> PixelMask:
     name = own.pop('type', None)
     if not isinstance(name, str) or name not in _masks:
         raise ValueError(f'{name!r} is not a registered mask; those there are {", ".join(_masks)}.')
-    takes = inspect.signature(_masks[name]).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        for setting in settings | own:
-            if setting not in takes:
-                raise ValueError(f'the mask {name!r} takes no {setting!r}; it takes {", ".join(takes) or "nothing"}.')
+    takes = settings_of(name)
+    for setting in settings | own:
+        if takes is not None and setting not in takes:
+            raise ValueError(f'the mask {name!r} takes no {setting!r}; it takes {", ".join(takes) or "nothing"}.')
     return _masks[name](**settings | own)

@@ -17,11 +17,12 @@ from ppsr.atomic import atomic_path
 from ppsr.data.benchmark import BENCHMARKS, find_images, read_lq
 from ppsr.data.layout import Source
 from ppsr.errors import UserError
+from ppsr.locks import Lock
 from ppsr.paper import complexity, plots, published
 from ppsr.paper.measure import Cache, Method, file_hash, measure
 from ppsr.paper.purity import Share, shares
 from ppsr.paper.report import Table
-from ppsr.training.options import read_yaml
+from ppsr.training.options import read_network
 from ppsr.version import __version__
 from ppsr.weights import load_into, read_checkpoint, resolve
 
@@ -75,11 +76,8 @@ def methods_of(scale: int, weights: Sequence[str | Path], options: Sequence[Path
     """
     networks = {label: {'type': kind, 'upscale': scale} for label, kind in RIVALS.items()}
     for path in options:
-        opt = read_yaml(path)
-        network = opt.get('network_g')
-        if not isinstance(network, dict):
-            raise UserError(f'options file {path} lacks network_g.')
-        label = str(opt.get('name', Path(path).stem))
+        name, network = read_network(path)
+        label = name or Path(path).stem
         if label in networks or label == BICUBIC:
             raise UserError(f'options file {path}: the name {label!r} is taken by another row of the tables.')
         if network.get('upscale', 4) == scale:
@@ -280,7 +278,7 @@ def make(
     Args:
         data: folder with the benchmarks, in any layout that ``ppsr prepare`` knows.
         output: folder for .md, .csv, .tex, .png and .pdf files and a README.md that shows them.
-        cache: file of the records.
+        cache: file of the records; one run at a time writes into it.
         weights: weight files (:func:`methods_of`).
         scales: of the tables.
         options: options files whose networks become further rows.
@@ -292,9 +290,14 @@ def make(
         The names of the sections written.
 
     Raises:
-        UserError: no images, files or names that cannot be used, a folder that cannot be written.
+        UserError: another run has the cache, no images, files or names that cannot be used, a folder that cannot be
+            written.
     """
-    folder, records_file = Path(output), Cache(cache)
+    with Lock(f'{cache}.lock', f'The cache {cache}'):
+        return _make(Path(output), Cache(cache), data, weights, scales, options, ablate_on, command)
+
+
+def _make(folder, records_file, data, weights, scales, options, ablate_on, command) -> list[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -18,10 +18,10 @@ from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
 
 from ppsr.archs.build import check_network, network_arguments
 from ppsr.errors import UserError
-from ppsr.schema import check, show
+from ppsr.schema import check, nothing_required, show
 from ppsr.training import schema
 
-__all__ = ['load_options', 'read_yaml']
+__all__ = ['load_options', 'read_network', 'read_yaml']
 
 MAX_ENTRIES = 100_000  # far more than any options file has
 MAX_SIZE = 1_000_000  # characters; /dev/zero has more
@@ -158,10 +158,7 @@ def load_options(
     where = f'options file {path}'
     opt = read_yaml(path)
     _force(opt, force_yml)
-    model = schema.registered(MODEL_REGISTRY, opt.get('model_type'))
-    if 'model_type' in opt and model is None:
-        raise UserError(f'{where}: model_type: {show(opt["model_type"])} is not a registered model.')
-    ours = model is None or model.__module__.startswith('ppsr.')  # other packages' models have keys of their own
+    model, ours = _model(opt, where)
     opt = check(schema.Options if ours else schema.OpenOptions, opt, f'{where}:')
 
     _check_networks(opt, where)
@@ -180,6 +177,40 @@ def load_options(
     return opt
 
 
+def read_network(path: str | Path) -> tuple[str | None, dict]:
+    """The name of the run and ``network_g`` of an options file, for commands that want no more of it. What else stands
+    in the file may be incomplete, but is checked as for a training or a test: a mistake there is one here.
+
+    Raises:
+        UserError: as :func:`load_options`, but for what is missing beside the network.
+    """
+    where = f'options file {path}'
+    opt = read_yaml(path)
+    _, ours = _model(opt, where)
+    opt = check(nothing_required(schema.Options if ours else schema.OpenOptions), opt, f'{where}:')
+    network, datasets = opt['network_g'], opt['datasets'] or {}
+    if network is None:
+        raise UserError(f'{where} lacks network_g.')
+    _check_networks(opt, where)
+    opt['is_train'] = opt['train'] is not None or 'train' in datasets
+    for key, dataset in datasets.items():
+        if dataset is not None:
+            _check_dataset(key, dataset, opt['is_train'], ours, where)
+    for key, section in _sections(opt, ours).items():
+        if opt[key] is not None:
+            check(section, opt[key], f'{where}: {key}')
+    check(schema.Paths if ours else schema.OpenPaths, opt['path'], f'{where}: path')
+    return opt['name'], network
+
+
+def _model(opt: dict, where: str) -> tuple[type | None, bool]:
+    """The class that ``model_type`` names, and whether it is ours; other packages' models have keys of their own."""
+    model = schema.registered(MODEL_REGISTRY, opt.get('model_type'))
+    if 'model_type' in opt and model is None:
+        raise UserError(f'{where}: model_type: {show(opt["model_type"])} is not a registered model.')
+    return model, model is None or model.__module__.startswith('ppsr.')
+
+
 def _check_networks(opt: dict, where: str) -> None:
     for key in [key for key in opt if key.startswith('network_')]:
         if isinstance(opt[key], dict):
@@ -192,7 +223,7 @@ def _check_networks(opt: dict, where: str) -> None:
         return
     own = network_arguments(schema.registered(ARCH_REGISTRY, network['type'])).get('upscale')
     upscale = network.get('upscale', opt['scale'] if own is None else own.default)
-    if upscale != opt['scale']:
+    if opt['scale'] not in (None, upscale):
         raise UserError(f'{where}: scale is {opt["scale"]} but network_g → upscale is {show(upscale)}.')
 
 
@@ -208,21 +239,16 @@ def _check_devices(opt: dict, where: str) -> None:
 
 
 def _complete_datasets(opt: dict, ours: bool, where: str) -> None:
-    phases = ('train', 'val') if opt['is_train'] else ('test', 'val')
     # --force_yml datasets:test_4=~ leaves a data set out
     datasets = {phase: dataset for phase, dataset in opt['datasets'].items() if dataset is not None}
     opt['datasets'], names = {}, {}
     for key, dataset in datasets.items():
-        place, phase = f'{where}: datasets → {key}', key.split('_')[0]
-        if phase not in phases or (phase == 'train' and key != 'train'):
-            raise UserError(f'{place}: a data set here is called {" or ".join(phases)} (and {phases[1]}_2, …).')
-        if isinstance(dataset, dict):
-            dataset = {'name': key} | dataset
-        dataset = schema.dataset_kind(phase == 'train', ours)(dataset, place)
+        phase, dataset = _check_dataset(key, dataset, opt['is_train'], ours, where)
         if phase != 'train':
             if dataset['name'] in names:  # their pictures and records of the best would mix
                 raise UserError(
-                    f'{place} → name: {dataset["name"]!r} is that of {names[dataset["name"]]}, too; give it another.'
+                    f'{where}: datasets → {key} → name: {dataset["name"]!r} is that of {names[dataset["name"]]}, too; '
+                    'give it another.'
                 )
             names[dataset['name']] = key
         dataset.update(phase=phase, scale=opt['scale'])
@@ -234,6 +260,28 @@ def _complete_datasets(opt: dict, ours: bool, where: str) -> None:
         raise UserError(f'{where} lacks datasets → train.')
 
 
+def _check_dataset(key: str, dataset: Any, is_train: bool, ours: bool, where: str) -> tuple[str, dict]:
+    """(phase, options) of the data set of a key."""
+    phases = ('train', 'val') if is_train else ('test', 'val')
+    place, phase = f'{where}: datasets → {key}', key.split('_')[0]
+    if phase not in phases or (phase == 'train' and key != 'train'):
+        raise UserError(f'{place}: a data set here is called {" or ".join(phases)} (and {phases[1]}_2, …).')
+    if isinstance(dataset, dict):
+        dataset = {'name': key} | dataset
+    return phase, schema.dataset_kind(phase == 'train', ours)(dataset, place)
+
+
+def _sections(opt: dict, ours: bool) -> dict[str, type[schema.Section]]:
+    """What train, val and logger are declared as."""
+    is_train = opt['is_train']
+    if not is_train and isinstance(opt['val'], dict):
+        opt['val'].pop('val_freq', None)  # a training's options serve for a test, too
+    if ours:
+        return {'train': schema.Train, 'val': schema.TrainVal if is_train else schema.Val, 'logger': schema.Logger}
+    val = schema.OpenTrainVal if is_train else schema.OpenVal
+    return {'train': schema.OpenTrain, 'val': val, 'logger': schema.OpenLogger}
+
+
 def _complete_sections(opt: dict, ours: bool, where: str) -> None:
     """train, val and logger: a training has to have the first and the last, a test the second; any that is there is
     checked."""
@@ -241,14 +289,7 @@ def _complete_sections(opt: dict, ours: bool, where: str) -> None:
     for key in ('train', 'logger') if is_train else ('val',):
         if opt[key] is None:
             raise UserError(f'{where} lacks {key}.')
-    if ours:
-        sections = {'train': schema.Train, 'val': schema.TrainVal if is_train else schema.Val, 'logger': schema.Logger}
-    else:
-        val = schema.OpenTrainVal if is_train else schema.OpenVal
-        sections = {'train': schema.OpenTrain, 'val': val, 'logger': schema.OpenLogger}
-    if not is_train and opt['val'] is not None:
-        opt['val'].pop('val_freq', None)  # a training's options serve for a test, too
-    for key, section in sections.items():
+    for key, section in _sections(opt, ours).items():
         if opt[key] is not None:
             opt[key] = check(section, opt[key], f'{where}: {key}')
     without_gt = [d['name'] for d in opt['datasets'].values() if d['type'] == 'SingleImageDataset']

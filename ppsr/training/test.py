@@ -6,9 +6,12 @@
 import math
 from pathlib import Path
 
+from ppsr.runtime import forbid_unpickling
+
 __all__ = ['test_pipeline']
 
 
+@forbid_unpickling()
 def test_pipeline(opt: dict) -> dict[str, dict[str, float]]:
     """Test a network as the options say. `opt` is from :func:`ppsr.training.options.load_options`.
 

@@ -15,9 +15,12 @@ from pathlib import Path
 
 import torch
 
+from ppsr.runtime import forbid_unpickling
+
 __all__ = ['train_pipeline']
 
 
+@forbid_unpickling()
 def train_pipeline(opt: dict, opt_path: str | Path, opt_text: str | None = None) -> signal.Signals | None:
     """Train, validate and save as the options say.
 

@@ -13,6 +13,7 @@ from ppsr.cli import main
 from ppsr.data.benchmark import find_images
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.errors import UserError
+from ppsr.locks import Lock
 from ppsr.masks.controls import SCORES, local_variance
 from ppsr.paper import measure, published, tables
 from ppsr.paper.report import Table
@@ -250,10 +251,38 @@ def test_bad_arguments(data, tmp_path, capsys, arguments, named):
     assert named in capsys.readouterr().err
 
 
+def test_one_run_at_a_time_has_the_cache(data, tmp_path):
+    cache, output = tmp_path / 'c.jsonl', tmp_path / 'o'
+    with Lock(f'{cache}.lock', 'x'), pytest.raises(UserError, match=f'^The cache {cache} is in use by process'):
+        tables.make(data, output, cache, [], [3], ablate_on=[])
+    assert not output.exists() and not cache.exists()
+
+
 def test_a_row_needs_a_name_of_its_own(tmp_path):
     path = tmp_path / 'mine.yml'
     path.write_text('name: bicubic\nnetwork_g: {type: ATDLight, upscale: 2}\n')
     with pytest.raises(UserError, match='bicubic'):
+        tables.methods_of(2, [], [path])
+
+
+@pytest.mark.parametrize(
+    ('text', 'words'),
+    [
+        ('seed: 5', "unknown option 'seed'"),
+        ('name: a/b', 'name'),
+        ('scale: 3', 'scale is 3 but network_g → upscale is 2'),
+        ('train: {total_iters: 5}', "train: unknown option 'total_iters'"),
+        ('logger: {print_freq: 0, save_checkpoint_freq: 1}', 'logger → print_freq'),
+        ('datasets: {train: {type: PairedSRDataset, dataroot_gt: 5}}', 'datasets → train'),
+        ('datasets: {test_1: {type: PairedSRDataset, dataroot_gt: a, dataroot_lq: b, use_flip: true}}', 'use_flip'),
+        ('val: {save_img: "no"}', 'val → save_img'),
+        ('path: {pretrain_network: x.pth}', "path: unknown option 'pretrain_network'"),
+    ],
+)
+def test_options_files_are_held_against_the_schema_of_a_training(tmp_path, text, words):
+    path = tmp_path / 'mine.yml'
+    path.write_text(f'network_g: {{type: ATDLight, upscale: 2}}\n{text}\n')
+    with pytest.raises(UserError, match=words):
         tables.methods_of(2, [], [path])
 
 

@@ -211,6 +211,35 @@ def test_nan_in_one_process_skips_the_step_in_all(data, tmp_path):
     assert len(noted[0]['processes'][1]['lq_path']) == 2
 
 
+def _first_process_fails(where):
+    """With an error that nobody has foreseen."""
+    if os.environ['RANK'] != '0':
+        return
+    from ppsr.models import PurePassSRModel
+
+    owner, name = {
+        'checkpoint': (PurePassSRModel, '_write_checkpoint'),
+        'validation': (PurePassSRModel, '_as_images'),
+    }[where]
+
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError('of the first process alone')
+
+    setattr(owner, name, fail)
+
+
+@pytest.mark.parametrize('where', ['checkpoint', 'validation'])
+def test_whatever_fails_in_the_first_process_ends_all(data, tmp_path, where):
+    """The others wait for nothing, and say what happened; the first one's traceback is for whoever mends it."""
+    write_options(tmp_path, options(data, **TWO, train__total_iter=4, val__val_freq=2))
+    first, second = pair_of_processes(tmp_path, prepare=functools.partial(_first_process_fails, where))
+    assert (first.wait(60), second.wait(60)) == (1, 2), first.text + second.text
+    assert 'ZeroDivisionError: of the first process alone' in first.text
+    error = [line for line in second.text.splitlines() if line.startswith('ppsr: error')]
+    assert error == ['ppsr: error: process 0 failed (ZeroDivisionError: of the first process alone).']
+    assert 'Traceback' not in second.text
+
+
 # ---------------------------------------------------------------------------------------------------- torchrun, really
 
 

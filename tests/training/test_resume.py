@@ -87,6 +87,20 @@ def signal_in_iteration(number, signal_number):
     _at_call(PurePassSRModel, 'optimize_parameters', number, signal_number)
 
 
+def hang_up_in_iteration(number):
+    """SIGHUP, as from a terminal that is closed; not as under nohup, which these tests may run under."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal_in_iteration(number, signal.SIGHUP)
+
+
+def kill_a_worker(number):
+    """SIGKILL to the loader worker that reads its sample `number`, as a system does that is short of memory."""
+    from ppsr.data.paired_sr_dataset import PairedSRDataset
+
+    in_worker = lambda *args: torch.utils.data.get_worker_info() is not None  # noqa: E731
+    _at_call(PairedSRDataset, '__getitem__', number, signal.SIGKILL, in_worker)
+
+
 def _at_call(owner, name, number, signal_number, counts=lambda *args: True):
     original, calls = getattr(owner, name), iter(range(1, number + 1))
 
@@ -175,9 +189,10 @@ def test_falls_back_to_the_state_before_and_says_so(data, uninterrupted, tmp_pat
     [
         (functools.partial(signal_in_iteration, 5, signal.SIGTERM), 128 + signal.SIGTERM, 5),
         (functools.partial(signal_in_iteration, 10, signal.SIGINT), 128 + signal.SIGINT, 10),
+        (functools.partial(hang_up_in_iteration, 7), 128 + signal.SIGHUP, 7),
         (functools.partial(signal_in_validation, 3), 128 + signal.SIGTERM, 8),
     ],
-    ids=['SIGTERM', 'Ctrl-C', 'SIGTERM in a validation'],
+    ids=['SIGTERM', 'Ctrl-C', 'SIGHUP', 'SIGTERM in a validation'],
 )
 def test_signal_saves_a_checkpoint_and_exits_cleanly(data, uninterrupted, tmp_path, happening, code, stopped_at):
     write_options(tmp_path, options(data))
@@ -202,6 +217,22 @@ def test_signal_to_the_whole_process_group_with_workers(data, uninterrupted, tmp
     training = Training(tmp_path, '--auto_resume')
     assert training.wait() == 0, training.text
     assert_like_uninterrupted(tmp_path, uninterrupted)
+
+
+def test_killed_worker_saves_a_checkpoint_and_is_one_sentence(data, uninterrupted, tmp_path):
+    """The worker dies in the fourth batch, which is asked of it when the second has arrived."""
+    write_options(tmp_path, options(data, datasets__train__num_worker_per_gpu=1, logger__save_checkpoint_freq=1000))
+    training = Training(tmp_path, prepare=functools.partial(kill_a_worker, 8))
+    assert training.wait() == 2, training.text
+    error = training.text[training.text.index('ppsr: error') :]
+    assert error.count('\n') == 1 and 'data set train: a loader worker was killed' in error
+    assert 'Traceback' not in training.text
+    (stopped_at,) = states(tmp_path)
+    assert stopped_at in (1, 2, 3)
+    assert f'A checkpoint of iteration {stopped_at} is saved; go on with --auto_resume.' in training.text
+    training = Training(tmp_path, '--auto_resume')
+    assert training.wait() == 0, training.text
+    assert_same_weights(tmp_path, uninterrupted)
 
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='no SIGHUP on this system')

@@ -2,17 +2,22 @@
 
 import importlib.machinery
 import os
+import pickle
 import sys
 import threading
 import types
 
 import pytest
 import torch
+from basicsr.utils.registry import ARCH_REGISTRY
 from tiny_training import options, write_options, write_pairs
 
 from ppsr.cli import main
 from ppsr.locks import Lock
+from ppsr.training import test
 from ppsr.training.folders import RunLog, archive, keep_options, make_fresh
+from ppsr.training.options import load_options
+from ppsr.training.train import train_pipeline
 
 
 @pytest.fixture(scope='module')
@@ -135,8 +140,16 @@ def no_tensorboard(opt, here):
     opt['logger']['use_tb_logger'] = True
 
 
+def wandb_that_does_not_start(opt, here):
+    opt['logger'] |= {'wandb': {'project': 'p'}, 'use_tb_logger': True}
+
+
 def no_vgg(opt, here):
     opt['train']['perceptual_opt'] = {'type': 'PerceptualLoss', 'layer_weights': {'conv1_1': 1.0}}
+
+
+def _not_logged_in(**kwargs):
+    raise ConnectionError('api_key not configured (no-tty).\nCall wandb.login first')
 
 
 @pytest.mark.parametrize(
@@ -149,6 +162,7 @@ def no_vgg(opt, here):
         (no_wandb, ['wandb', 'not installed']),
         (no_board_for_wandb, ['use_tb_logger: true']),
         (no_tensorboard, ['use_tb_logger', 'not installed']),
+        (wandb_that_does_not_start, ['wandb', 'api_key not configured', 'wandb login', 'WANDB_MODE=offline']),
         (no_vgg, ['perceptual_opt', 'no network for', 'neither be read nor downloaded']),
     ],
     ids=lambda value: getattr(value, '__name__', ''),
@@ -156,10 +170,11 @@ def no_vgg(opt, here):
 def test_whatever_fails_leaves_the_older_run_where_it_is(data, here, capfd, monkeypatch, change, words):
     for name in ('wandb', 'tensorboard', 'torch.utils.tensorboard'):  # as where they are not installed
         monkeypatch.setitem(sys.modules, name, None)
-    if change is no_wandb:
-        tensorboard = types.ModuleType('tensorboard')
-        tensorboard.__spec__ = importlib.machinery.ModuleSpec('tensorboard', None)
-        monkeypatch.setitem(sys.modules, 'tensorboard', tensorboard)
+    for name in {no_wandb: ['tensorboard'], wandb_that_does_not_start: ['tensorboard', 'wandb']}.get(change, ()):
+        package = types.ModuleType(name)
+        package.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        package.util, package.init = types.SimpleNamespace(generate_id=lambda: 'x'), _not_logged_in
+        monkeypatch.setitem(sys.modules, name, package)
     original = torch.hub.download_url_to_file
 
     def offline(url, *args, **kwargs):
@@ -179,6 +194,40 @@ def test_whatever_fails_leaves_the_older_run_where_it_is(data, here, capfd, monk
     assert last.count('\n') == 1 and 'Traceback' not in error
     assert all(word in last for word in words), last
     assert experiments(here) == ['run'] and older.read_bytes() == b'precious'
+
+
+class LoadsOnItsOwn(torch.nn.Module):
+    """A network of another package that leaves it to torch whether a file may run code."""
+
+    def __init__(self, load_path):
+        super().__init__()
+        torch.load(load_path)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ('executed',)
+
+
+@pytest.mark.parametrize('pipeline', ['train_pipeline', 'test_pipeline'])
+@pytest.mark.parametrize('setting', [None, 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'])
+def test_from_python_nothing_is_unpickled_either(data, here, monkeypatch, pipeline, setting):
+    """And the variables by which that is done are the user's again afterwards."""
+    if setting:
+        monkeypatch.setenv(setting, '1')
+    if 'LoadsOnItsOwn' not in ARCH_REGISTRY:
+        ARCH_REGISTRY.register(LoadsOnItsOwn)
+    torch.save(Evil(), here / 'evil.pth')
+    is_train = pipeline == 'train_pipeline'
+    opt = short(data, network_g={'type': 'LoadsOnItsOwn', 'load_path': 'evil.pth'})
+    opt |= {} if is_train else {'val': {}, 'datasets': {'test': opt['datasets']['val']}}
+    path = write_options(here, opt)
+    environment = dict(os.environ)
+    opt = load_options(path, is_train)
+    with pytest.raises(pickle.UnpicklingError):
+        train_pipeline(opt, path) if is_train else test.test_pipeline(opt)
+    assert dict(os.environ) == environment
+    assert not (here / 'executed').exists()
 
 
 def test_archives_of_one_second_have_names_of_their_own(tmp_path):
