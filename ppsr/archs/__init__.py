@@ -1,7 +1,8 @@
 """Networks, registered in basicsr's ARCH_REGISTRY under their class names."""
 
 from ppsr.archs.atd_light_arch import ATDLight, PPATDLight
+from ppsr.archs.atd_light_v2_arch import ATDLightV2, PPATDLightV2
 from ppsr.archs.camixer_atd_light_arch import CAMixerATDLight
 from ppsr.archs.masked import MaskedNetwork
 
-__all__ = ['ATDLight', 'CAMixerATDLight', 'MaskedNetwork', 'PPATDLight']
+__all__ = ['ATDLight', 'ATDLightV2', 'CAMixerATDLight', 'MaskedNetwork', 'PPATDLight', 'PPATDLightV2']

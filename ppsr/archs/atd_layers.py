@@ -29,6 +29,7 @@ __all__ = [
     'CategoryAttention',
     'ConvFFN',
     'DictionaryAttention',
+    'DictionaryGroup',
     'LayerStack',
     'ResidualGroup',
     'WindowAttention',
@@ -292,6 +293,40 @@ class LayerStack(nn.Module):
         return x, found
 
 
+class DictionaryGroup(LayerStack):
+    """The layers of one group and a dictionary of their own, td (M, C)."""
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        num_tokens: int,
+        window_size: int,
+        use_checkpoint: bool,
+        layer_fn: Callable[..., nn.Module],
+        **layer,
+    ):
+        td = nn.Parameter(torch.rand(num_tokens, dim))
+        layers = [
+            layer_fn(
+                dim=dim,
+                num_tokens=num_tokens,
+                window_size=window_size,
+                shift=window_size // 2 * (i % 2),
+                **self.differences(i, depth),
+                **layer,
+            )
+            for i in range(depth)
+        ]
+        super().__init__(layers, use_checkpoint)
+        self.td = td
+        trunc_normal_(self.td, std=0.02)
+
+    def differences(self, i: int, depth: int) -> dict:
+        """Further arguments of layer i."""
+        return {}
+
+
 class ResidualGroup(nn.Module):
     """A group, a 3×3 convolution, and the way around both; then a LayerNorm, if there is to be one."""
 
@@ -341,7 +376,8 @@ def mlp_ratio_of(hidden: int, dim: int) -> float:
 
 
 def config_from_shapes(state_dict: Mapping[str, Tensor]) -> dict | None:
-    """Constructor arguments that the shapes of an ATD network's weights tell, or None if they are not one's.
+    """Constructor arguments that the shapes of an ATD network's weights tell, or None if they are not one's. Those of
+    the second version have a `dim_ffn_td`.
 
     category_size leaves no trace in the parameters: the published 128 is assumed. So are the settings of the mask, the
     defaults.
@@ -357,7 +393,7 @@ def config_from_shapes(state_dict: Mapping[str, Tensor]) -> dict | None:
         first = layer.format(0, 0)
         embed_dim = state_dict['conv_first.weight'].shape[0]
         table = state_dict[first + 'attn_win.relative_position_bias_table'].shape[0]
-        return {
+        config = {
             'upscale': round((state_dict['upsample.0.weight'].shape[0] / 3) ** 0.5),
             'embed_dim': embed_dim,
             'depths': depths,
@@ -369,6 +405,9 @@ def config_from_shapes(state_dict: Mapping[str, Tensor]) -> dict | None:
             'convffn_kernel_size': state_dict[first + 'convffn.dwconv.depthwise_conv.0.weight'].shape[-1],
             'mlp_ratio': mlp_ratio_of(state_dict[first + 'convffn.fc1.weight'].shape[0], embed_dim),
         }
+        if first + 'fc_td.weight' in state_dict:
+            config['dim_ffn_td'] = state_dict[first + 'fc_td.weight'].shape[0]
+        return config
     except (KeyError, IndexError, ZeroDivisionError):
         return None
 

@@ -13,10 +13,9 @@ from functools import partial
 
 import torch
 from basicsr.utils.registry import ARCH_REGISTRY
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from ppsr.archs.atd_layers import ATDNetwork, AttentionLayer, LayerStack, config_from_shapes
+from ppsr.archs.atd_layers import ATDNetwork, AttentionLayer, DictionaryGroup, config_from_shapes
 from ppsr.archs.masked import PurePassOptions, PurePassSettings
 from ppsr.ops.dictionary import Similarity, dictionary_refinement
 from ppsr.registry import register
@@ -59,34 +58,11 @@ class ATDLayer(AttentionLayer):
         return macs
 
 
-class ATDGroup(LayerStack):
+class ATDGroup(DictionaryGroup):
     """The layers of one group around a dictionary of their own, which they refine."""
 
-    def __init__(
-        self,
-        dim: int,
-        depth: int,
-        num_tokens: int,
-        window_size: int,
-        use_checkpoint: bool,
-        layer_fn: Callable[..., nn.Module] = ATDLayer,
-        **layer,
-    ):
-        td = nn.Parameter(torch.rand(num_tokens, dim))
-        layers = [
-            layer_fn(
-                dim=dim,
-                num_tokens=num_tokens,
-                window_size=window_size,
-                shift=window_size // 2 * (i % 2),
-                refines=i < depth - 1,
-                **layer,
-            )
-            for i in range(depth)
-        ]
-        super().__init__(layers, use_checkpoint)
-        self.td = td
-        trunc_normal_(self.td, std=0.02)
+    def differences(self, i: int, depth: int) -> dict:
+        return {'refines': i < depth - 1}
 
     def forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         # a copy per image and no view: under no_grad FlopCounterMode stumbles over views of parameters
@@ -189,7 +165,8 @@ class ATDLight(ATDNetwork):
 
     @classmethod
     def config_from(cls, state_dict: Mapping[str, Tensor]) -> dict | None:
-        return config_from_shapes(state_dict)
+        config = config_from_shapes(state_dict)
+        return config if config and 'dim_ffn_td' not in config else None
 
 
 @register(ARCH_REGISTRY)

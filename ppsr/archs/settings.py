@@ -49,6 +49,7 @@ SETTINGS: dict[str, tuple[Kind, bool]] = {
     'category_size': (Whole(1, 65536), False),
     'num_tokens': (Whole(1, 4096), False),
     'reducted_dim': (DIMENSION, False),
+    'dim_ffn_td': (DIMENSION, False),
     'convffn_kernel_size': (Whole(1, 31), False),
     'img_range': (Number(1, 1), False),
     'mlp_ratio': (Number(above=0, most=16), False),

@@ -11,7 +11,7 @@ from torch.nn.modules import module as global_hooks
 
 from ppsr.ops.dispatch import choose
 
-__all__ = ['are_plain', 'kernels_take']
+__all__ = ['are_plain', 'are_untouched', 'kernels_take']
 
 
 def _free() -> bool:
@@ -30,14 +30,19 @@ def kernels_take(*tensors: Tensor) -> bool:
     return alike and choose(tensors[0]) == 'native'
 
 
-def are_plain(kind: type[nn.Module], *modules: nn.Module) -> bool:
+def are_untouched(kind: type[nn.Module], *modules: nn.Module) -> bool:
     """Whether the modules are PyTorch's own with weight and bias, nothing around them.
 
     An adapter in their place, a patched forward or a hook (profilers, offloading) wants to be called.
     """
-    return _free() and all(
+    return all(
         type(m) is kind
         and type(m.weight) is type(m.bias) is nn.Parameter
         and not (m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m))
         for m in modules
     )
+
+
+def are_plain(kind: type[nn.Module], *modules: nn.Module) -> bool:
+    """Whether a kernel may stand in for the modules: they are untouched, and operators may be fused."""
+    return _free() and are_untouched(kind, *modules)

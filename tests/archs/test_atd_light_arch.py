@@ -1,4 +1,4 @@
-"""ATDLight and PPATDLight against the published network, and their invariants."""
+"""Both versions of ATD-light and their Pure-Pass versions against the published networks, and their invariants."""
 
 import numpy as np
 import pytest
@@ -7,12 +7,14 @@ from basicsr.archs import build_network
 from flop_counter import flop_counter
 from support import REPOSITORY, TINY
 
-from ppsr.archs import ATDLight, PPATDLight
+from ppsr.archs import ATDLight, ATDLightV2, PPATDLight, PPATDLightV2
 from ppsr.archs.masked import mirror_pad
 from ppsr.ops import use_backend
 
 GOLDEN = REPOSITORY / 'tests' / 'golden'
-BOTH = pytest.mark.parametrize('arch', [ATDLight, PPATDLight])
+DENSE, MASKED = (ATDLight, ATDLightV2), (PPATDLight, PPATDLightV2)
+EACH = pytest.mark.parametrize('arch', DENSE + MASKED)
+EACH_MASKED = pytest.mark.parametrize('arch', MASKED)
 
 
 def golden(name):
@@ -30,11 +32,20 @@ def flat_photo(b=1, h=21, w=27, seed=0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize('backend', ['reference', None], ids=['reference', 'automatic'])
-@pytest.mark.parametrize('name, config', [('tiny_x2', TINY), ('light_x4', {})], ids=['tiny_x2', 'light_x4'])
-def test_output_is_that_of_the_published_network(name, config, backend):
+@pytest.mark.parametrize(
+    'name, arch, config',
+    [
+        ('tiny_x2', ATDLight, TINY),
+        ('light_x4', ATDLight, {}),
+        ('v2_tiny_x2', ATDLightV2, TINY | {'dim_ffn_td': 3}),
+        ('v2_light_x4', ATDLightV2, {}),
+    ],
+    ids=['tiny_x2', 'light_x4', 'v2_tiny_x2', 'v2_light_x4'],
+)
+def test_output_is_that_of_the_published_network(name, arch, config, backend):
     weights, lq, expected = golden(name)
     assert 'relative_position_index_SA' in weights  # the published buffer is accepted on load
-    net = ATDLight(**config)
+    net = arch(**config)
     net.load_state_dict(weights, strict=True)
     with torch.no_grad(), use_backend(backend):
         output = net.double().eval()(lq.double())
@@ -42,16 +53,20 @@ def test_output_is_that_of_the_published_network(name, config, backend):
     assert (output - expected).abs().max() <= 1e-5
 
 
-def test_parameters_are_counted_as_published():
-    counts = {s: sum(p.numel() for p in ATDLight(upscale=s).parameters()) for s in (2, 3, 4)}
-    assert counts[4] == 768_792
-    assert [round(counts[s] / 1000) for s in (2, 3, 4)] == [753, 760, 769]
-    assert sum(p.numel() for p in PPATDLight().parameters()) == counts[4]
+@pytest.mark.parametrize(
+    'dense, masked, at_x4, thousands',
+    [(ATDLight, PPATDLight, 768_792, [753, 760, 769]), (ATDLightV2, PPATDLightV2, 776_544, [761, 767, 777])],
+)
+def test_parameters_are_counted_as_published(dense, masked, at_x4, thousands):
+    counts = {s: sum(p.numel() for p in dense(upscale=s).parameters()) for s in (2, 3, 4)}
+    assert counts[4] == at_x4
+    assert [round(counts[s] / 1000) for s in (2, 3, 4)] == thousands
+    assert sum(p.numel() for p in masked().parameters()) == counts[4]
 
 
-@BOTH
+@EACH
 def test_own_checkpoints_hold_the_names_and_the_buffer_of_the_published(arch, tiny):
-    weights, _, _ = golden('tiny_x2')
+    weights, _, _ = golden('v2_tiny_x2' if issubclass(arch, ATDLightV2) else 'tiny_x2')
     state = arch(**tiny).state_dict()
     assert set(state) == set(weights)
     buffer = 'relative_position_index_SA'
@@ -80,14 +95,16 @@ def test_defaults_are_the_published_option_file():
     assert str(explicit) == str(ATDLight())
 
 
-def test_registered_in_basicsr(tiny):
-    assert isinstance(build_network({'type': 'PPATDLight', **tiny, 'pp_num_centers': 5}), PPATDLight)
-    assert isinstance(build_network({'type': 'ATDLight', **tiny}), ATDLight)
+@EACH
+def test_registered_in_basicsr(arch, tiny):
+    own = {'pp_num_centers': 5} if arch in MASKED else {}
+    assert isinstance(build_network({'type': arch.__name__, **tiny, **own}), arch)
 
 
-def test_nothing_pure_is_atd_light_exactly(tiny):
+@pytest.mark.parametrize('masked, dense', list(zip(MASKED, DENSE)))
+def test_nothing_pure_is_atd_light_exactly(masked, dense, tiny):
     lq = torch.rand(2, 3, 16, 24)
-    net, plain = PPATDLight(**tiny), ATDLight(**tiny)
+    net, plain = masked(**tiny), dense(**tiny)
     plain.load_state_dict(net.state_dict())
     output, mask = net(lq, return_mask=True)
     assert not mask.any()
@@ -95,8 +112,9 @@ def test_nothing_pure_is_atd_light_exactly(tiny):
 
 
 @pytest.mark.parametrize('compensation', ['value', 'bypass', 'zero'])
-def test_all_pure_does_no_category_attention(tiny, compensation):
-    net = PPATDLight(**tiny, pp_compensation=compensation).double()
+@EACH_MASKED
+def test_all_pure_does_no_category_attention(arch, tiny, compensation):
+    net = arch(**tiny, pp_compensation=compensation).double()
     lq = torch.full((1, 3, 16, 16), 0.3, dtype=torch.float64)
     branch = net.layers[0].residual_group.layers[0].attn_aca
     seen = {}
@@ -110,9 +128,10 @@ def test_all_pure_does_no_category_attention(tiny, compensation):
 
 
 @pytest.mark.parametrize('compensation', ['value', 'bypass', 'zero'])
-def test_pure_tokens_leave_the_others_alone(tiny, compensation):
+@EACH_MASKED
+def test_pure_tokens_leave_the_others_alone(arch, tiny, compensation):
     """What a pure token looks like cannot reach the attention of the others (checked on the branch itself)."""
-    net = PPATDLight(**tiny, pp_compensation=compensation).double()
+    net = arch(**tiny, pp_compensation=compensation).double()
     branch = net.layers[0].residual_group.layers[0].attn_aca
     qkv, category = torch.randn(1, 40, 48, dtype=torch.float64), torch.randint(8, (1, 40))
     pure = torch.rand(1, 40) < 0.4
@@ -122,7 +141,7 @@ def test_pure_tokens_leave_the_others_alone(tiny, compensation):
     assert compensation == 'zero' or not torch.equal(before[pure], after[pure])
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize('size', [(1, 1), (1, 9), (3, 2), (8, 8), (17, 5)], ids=str)
 def test_any_size(arch, tiny, size):
     for scale in (2, 3, 4):
@@ -133,7 +152,7 @@ def test_any_size(arch, tiny, size):
         assert output.isfinite().all()
 
 
-@BOTH
+@EACH
 def test_an_image_does_not_depend_on_its_batch(arch, tiny):
     net = arch(**tiny).double().eval()
     lq = torch.cat([flat_photo(seed=s) for s in (1, 2)] + [torch.full((1, 3, 21, 27), 0.2)]).double()
@@ -159,12 +178,17 @@ def test_mask_is_computed_on_the_padded_input(tiny):
 
 @pytest.mark.parametrize(
     'arch, extra',
-    [(ATDLight, {}), *((PPATDLight, {'pp_compensation': c}) for c in ('value', 'bypass', 'zero'))],
-    ids=['ATDLight', 'value', 'bypass', 'zero'],
+    [
+        *((arch, {}) for arch in DENSE),
+        *((arch, {'pp_compensation': c}) for arch in MASKED for c in ('value', 'bypass', 'zero')),
+    ],
+    ids=lambda p: p.__name__ if isinstance(p, type) else ''.join(p.values()),
 )
 def test_macs_agree_with_the_flop_counter(arch, extra, tiny):
     net = arch(**tiny, **extra).eval()
     lq = flat_photo(b=2, h=21, w=30)
+    with torch.no_grad():
+        net(lq)  # what follows from the weights alone is computed once, and is no part of the price of an image
     with torch.no_grad(), flop_counter() as counter:
         _, mask = net(lq, return_mask=True)
     if mask is None:
@@ -174,34 +198,36 @@ def test_macs_agree_with_the_flop_counter(arch, extra, tiny):
     assert 2 * sum(net.macs(21, 30, mask).values()) == counter.get_total_flops()
 
 
-def test_gradients_reach_every_parameter(tiny):
-    net = PPATDLight(**tiny)
+@EACH_MASKED
+def test_gradients_reach_every_parameter(arch, tiny):
+    net = arch(**tiny)
     net(flat_photo()).square().mean().backward()
     without = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not without
 
 
-def test_checkpointing_changes_nothing_but_memory(tiny):
+@EACH_MASKED
+def test_checkpointing_changes_nothing_but_memory(arch, tiny):
     lq, grads = flat_photo(), []
     for use_checkpoint in (False, True):
         torch.manual_seed(0)
-        net = PPATDLight(**tiny, use_checkpoint=use_checkpoint)
+        net = arch(**tiny, use_checkpoint=use_checkpoint)
         net(lq).square().mean().backward()
         grads.append({name: p.grad for name, p in net.named_parameters()})
     for name in grads[0]:
         assert torch.equal(grads[0][name], grads[1][name]), name
 
 
-@BOTH
+@EACH
 def test_compiles_as_one_graph(arch, tiny):
-    net = arch(**tiny).eval()
+    net = arch(**tiny | {'depths': [2], 'num_heads': [2]}).eval()
     lq = flat_photo()
     with torch.no_grad():
         compiled = torch.compile(net, fullgraph=True, backend='aot_eager')(lq)
         assert torch.allclose(compiled, net(lq), atol=1e-5)
 
 
-@BOTH
+@EACH
 def test_bfloat16_autocast(arch, tiny):
     net = arch(**tiny)
     lq = flat_photo()
@@ -228,9 +254,10 @@ def test_bfloat16_autocast(arch, tiny):
     ],
     ids=str,
 )
-def test_what_is_not_supported_is_refused(kwargs, word):
+@pytest.mark.parametrize('arch', DENSE)
+def test_what_is_not_supported_is_refused(arch, kwargs, word):
     with pytest.raises(ValueError, match='not supported') as e:
-        ATDLight(**kwargs)
+        arch(**kwargs)
     assert word in str(e.value)
 
 
