@@ -127,12 +127,13 @@ class HubNetwork(
         given = self._hub_mixin_config or {}
         arguments = network_arguments(type(self))
         config = {'type': type(self).__name__} | {name: given.get(name, p.default) for name, p in arguments.items()}
-        return dense_variant(config) if self.pure_pass is None else config
+        config = dense_variant(config) if self.pure_pass is None else config
+        return json.loads(json.dumps(config))  # lists, as a file gives them
 
     def _save_pretrained(self, save_directory: Path) -> None:
         from ppsr.weights import save_checkpoint
 
-        config = json.loads(json.dumps(self.configuration))  # tuples as lists
+        config = self.configuration
         save_checkpoint(save_directory / WEIGHTS, self.state_dict(), config)
         try:
             with atomic_path(save_directory / CONFIG) as temporary:
