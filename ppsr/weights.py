@@ -44,6 +44,7 @@ __all__ = [
     'require_shapes',
     'resolve',
     'save_checkpoint',
+    'without_derived',
 ]
 
 MAX_NAME = 100  # characters of a parameter's name in a message
@@ -135,7 +136,7 @@ def _from_content(path: Path, content, key: str | None) -> Checkpoint:
         found = ', '.join(map(show, strange[:5])) or 'nothing'
         raise UserError(f'{path}: no parameters under params_ema, params or at the top level (found: {found}).')
     _check_tensors(path, state)
-    return Checkpoint(_clean(state), key=used, path=path)
+    return Checkpoint(without_derived(state), key=used, path=path)
 
 
 def _check_tensors(path: Path, state: dict[str, Tensor]) -> None:
@@ -171,10 +172,11 @@ def _read_safetensors(path: Path) -> Checkpoint:
         raise UserError(f"{path}: its metadata 'config' is not a network configuration with a 'type'.")
     if not state:
         raise UserError(f'{path}: holds no parameters.')
-    return Checkpoint(_clean(state), config, facts if isinstance(facts, dict) else {}, 'safetensors', path)
+    return Checkpoint(without_derived(state), config, facts if isinstance(facts, dict) else {}, 'safetensors', path)
 
 
-def _clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_derived(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by name, without the prefix of DataParallel and without what follows from the configuration."""
     state = {name.removeprefix('module.'): value for name, value in state.items()}
     derived = derived_buffers()
     return {name: value for name, value in state.items() if name not in derived}
@@ -241,7 +243,7 @@ def require_fit(net: nn.Module, checkpoint: Checkpoint) -> None:
     """
     problems = compare(net, checkpoint)[0]
     if problems:
-        missing = _clean(net.state_dict()).keys() - checkpoint.state_dict.keys()
+        missing = without_derived(net.state_dict()).keys() - checkpoint.state_dict.keys()
         if len(problems) == 1 and missing and all('.comp.' in name for name in missing):
             raise UserError(
                 f'{checkpoint.path}: has no stand-in for window attention, which pp_scope exempts; fit one to it with '
@@ -258,7 +260,7 @@ def require_fit(net: nn.Module, checkpoint: Checkpoint) -> None:
 
 def compare(net: nn.Module, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
     """What keeps weights from fitting a network: in short, and key by key. Its tensors may be without data (meta)."""
-    own, given = _clean(net.state_dict()), checkpoint.state_dict
+    own, given = without_derived(net.state_dict()), checkpoint.state_dict
     different = [
         f'{_name(name)} is {_kind(given[name], tensor)} in the file and {_kind(tensor, given[name])} in the network'
         for name, tensor in own.items()

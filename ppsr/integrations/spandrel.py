@@ -16,7 +16,6 @@ from ppsr.device import resolve_device, torch_defaults
 from ppsr.errors import UserError
 from ppsr.extras import need
 from ppsr.weights import (
-    DERIVABLE,
     Checkpoint,
     build_and_load,
     described,
@@ -25,6 +24,7 @@ from ppsr.weights import (
     read_checkpoint,
     require_shapes,
     resolve,
+    without_derived,
 )
 
 (spandrel,) = need('spandrel', 'ppsr.integrations.spandrel', 'spandrel')
@@ -57,7 +57,7 @@ class PurePassArchitecture(spandrel.Architecture):
         return True
 
     def _checkpoint(self, state_dict: Mapping[str, Tensor]) -> Checkpoint:
-        state = {name: value for name, value in state_dict.items() if name not in DERIVABLE}
+        state = without_derived(state_dict)
         return Checkpoint(state, guess_config(state, self.id), path=Path('the weights'))
 
     def load(self, state_dict: Mapping[str, Tensor]) -> 'spandrel.ImageModelDescriptor':
