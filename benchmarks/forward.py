@@ -1,6 +1,7 @@
 """Inference on the CPU: every backend against the reference, dense against Pure-Pass, and the machine's bound.
 
-    python benchmarks/forward.py [--size 180 320] [--runs 5] [--backends native torch reference] [--savings]
+    python benchmarks/forward.py [--size 180 320] [--runs 5] [--backends native torch reference]
+    python benchmarks/forward.py --savings [--scope category window]
 
 Weights are random: time does not depend on them beyond which tokens meet in a group. One process, cases in turn,
 medians. The reference backend materialises every attention matrix, as the formulas say.
@@ -8,20 +9,22 @@ medians. The reference backend materialises every attention matrix, as the formu
 
 import argparse
 import time
+from collections.abc import Sequence
 
 import torch
 from common import alternate, machine, median, noise, on, photograph, ratio, table
 from torch.profiler import ProfilerActivity, profile
 
 from ppsr.archs import ATDLight, PPATDLight
+from ppsr.archs.masked import SCOPES
 from ppsr.ops import dispatch, native
 
 PHOTOGRAPHS = ('astronaut', 'chelsea', 'coffee', 'rocket', 'motorcycle_left', 'hubble_deep_field')
 
 
-def networks() -> tuple[ATDLight, PPATDLight]:
+def networks(scope: Sequence[str] = ('category',)) -> tuple[ATDLight, PPATDLight]:
     torch.manual_seed(0)
-    pp = PPATDLight().eval()
+    pp = PPATDLight(pp_scope=scope).eval()
     dense = ATDLight().eval()
     dense.load_state_dict(pp.state_dict())
     return dense, pp
@@ -112,7 +115,10 @@ def savings(dense: ATDLight, pp: PPATDLight, height: int, width: int, runs: int,
             rows[-1].append(f'{less_mean / saved_mean:.2f}')
         row = [name or 'noise (nothing pure)', f'{mask.float().mean():.1%}', f'{max(saved, 0):.1%}', f'{less:.1%}']
         rows.append([*row, f'{less / saved:.2f}' if name else ''])
-    return table([f'PPATDLight against ATDLight, {backend}', 'pure', 'GMACs saved', 'time saved', 'time/GMACs'], rows)
+    scope = 'AC-MSA' if pp.layers[0].residual_group.layers[0].comp is None else 'AC-MSA and SW-MSA'
+    return table(
+        [f'PPATDLight ({scope}) against ATDLight, {backend}', 'pure', 'GMACs saved', 'time saved', 'time/GMACs'], rows
+    )
 
 
 def report(height: int, width: int, runs: int, backends: list[str]) -> str:
@@ -164,10 +170,11 @@ if __name__ == '__main__':
     usable = [name for name in ('native', 'torch', 'reference') if dispatch.available(name) is None]
     parser.add_argument('--backends', nargs='+', default=usable, choices=usable)
     parser.add_argument('--savings', action='store_true', help='only what Pure-Pass saves, with the first backend')
+    parser.add_argument('--scope', nargs='+', default=['category'], choices=SCOPES, help='of --savings')
     args = parser.parse_args()
     print(machine(), '\n')
     if args.savings:
         with torch.no_grad():
-            print(savings(*networks(), *args.size, args.runs, args.backends[0]))
+            print(savings(*networks(args.scope), *args.size, args.runs, args.backends[0]))
     else:
         print(report(*args.size, args.runs, args.backends))

@@ -15,12 +15,16 @@ SCALES = (2, 3, 4)
 BENCHMARKS = ('Set5', 'Set14', 'BSD100', 'Urban100', 'Manga109')
 
 PURE_PASS = """\
-  # Pure-Pass: which pixels skip the category attention, and what they get instead
+  # Pure-Pass: which pixels are exempt from attention, from which, and what they get instead
+  pp_mask: colour  # colour (the paper's) | variance | dynamic | both
+  pp_threshold: ~  # of variance and both: standard deviation below which a pixel is flat; ~ = 0.07
   pp_num_centers: 8  # colour centres
   pp_window_size: 5
   pp_shift: ~  # offset of the second grid; ~ = half the window
   pp_fuse: true  # union of the masks on both grids
-  pp_compensation: value  # value | bypass | zero
+  pp_scope: [category]  # or [category, window]
+  pp_compensation: value  # instead of category attention: value | bypass | zero
+  pp_window_compensation: linear  # instead of window attention: linear (learned) | value | mean
 """
 CAMIXER = """\
   camixer_ratio: 0.5  # share of the windows that get attention

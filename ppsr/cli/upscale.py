@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from ppsr.cli.numbers import PIXELS, Number
+from ppsr.archs.masked import SCOPES
+from ppsr.cli.numbers import PIXELS, THRESHOLD, Number
 from ppsr.pictures.upscaler import OUTSCALES
 
 
@@ -14,6 +15,9 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     weights.add_argument('--model-path', metavar='FILE', help='weights file (.safetensors, .pth)')
     parser.add_argument('--arch', help='run the weights as this arch; PPATDLight runs a plain ATD-light with Pure-Pass')
     parser.add_argument('--no-pure-pass', action='store_true', help='exempt nothing: the dense network')
+    parser.add_argument('--mask', metavar='NAME', help="which pixels are pure: colour (the paper's), variance, …")
+    parser.add_argument('--threshold', type=THRESHOLD, metavar='T', help='of variance and both (default: 0.07)')
+    parser.add_argument('--scope', nargs='+', choices=SCOPES, help='attentions that pure pixels are exempt from')
     parser.add_argument(
         '-t', '--tile', type=PIXELS, help='tile side in input pixels; 0 = never cut (default: from memory)'
     )
@@ -25,12 +29,20 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
 
 def make_upscaler(args, **options):
     """An Upscaler from the options of :func:`add_network_options`."""
+    from ppsr.errors import UserError
     from ppsr.pictures.upscaler import Upscaler
 
+    given = {name: getattr(args, name) for name in ('mask', 'threshold', 'scope')}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.no_pure_pass and given:
+        raise UserError(
+            f'--{next(iter(given))} says how pixels are exempt, --no-pure-pass exempts none; leave one out.'
+        )
     return Upscaler.from_pretrained(
         args.model_path if args.model is None else args.model,
         arch=args.arch,
         pure_pass=not args.no_pure_pass,
+        settings={f'pp_{name}': value for name, value in given.items()},
         device=args.device,
         dtype=args.dtype,
         tile=args.tile,

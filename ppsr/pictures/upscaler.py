@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -164,6 +164,7 @@ class Upscaler:
         *,
         arch: str | None = None,
         pure_pass: bool = True,
+        settings: Mapping | None = None,
         device: str | torch.device = 'auto',
         **options,
     ) -> 'Upscaler':
@@ -174,6 +175,7 @@ class Upscaler:
                 of the scale `outscale`, or of the next larger one (:func:`ppsr.weights.default_model`).
             arch: PPATDLight runs a plain ATD-light checkpoint with Pure-Pass; None = as the file says.
             pure_pass: False runs the network with nothing exempted.
+            settings: options of the network in place of those in the file, e.g. {'pp_scope': ['category', 'window']}.
             device, **options: as for the class.
 
         Raises:
@@ -185,7 +187,8 @@ class Upscaler:
         if path_or_name is None:
             outscale = options.get('outscale')
             path_or_name = default_model(outscale if isinstance(outscale, (int, float)) else None)
-        return cls(load_model(path_or_name, arch=arch, pure_pass=pure_pass, device=device), device=device, **options)
+        net = load_model(path_or_name, arch=arch, pure_pass=pure_pass, device=device, settings=settings)
+        return cls(net, device=device, **options)
 
     @property
     def stats(self) -> Stats | None:

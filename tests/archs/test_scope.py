@@ -1,14 +1,19 @@
 """Window attention in the scope of Pure-Pass: what pure tokens get instead, what it costs, which files fit."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from flop_counter import flop_counter
+from PIL import Image
 from support import TINY
 
 from ppsr.archs import ATDLight, PPATDLight
 from ppsr.archs.build import build_network, config_from
 from ppsr.archs.window_compensation import WINDOW_COMPENSATIONS, mean5
+from ppsr.cli import main
 from ppsr.errors import UserError
 from ppsr.ops import use_backend
 from ppsr.weights import load_model, save_checkpoint
@@ -202,6 +207,27 @@ def test_one_file_serves_every_scope(files):
     noise = torch.rand(1, 3, 16, 24)  # nothing is pure
     with torch.no_grad():
         assert torch.equal(paper(noise), dense(noise)) and torch.equal(fast(noise), dense(noise))
+
+
+def test_the_command_line_chooses_mask_and_scope(files, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    pixels[:, :24] = 90 + pixels[:, :24] // 64  # nearly flat, within a colour or not
+    Image.fromarray(pixels).save(files / 'lq.png')
+    command = ['upscale', '-i', str(files / 'lq.png'), '-o', str(files / 'out.png'), '--overwrite', '--device', 'cpu']
+    command += ['--model-path', str(files / 'with.safetensors')]
+    saved = []
+    for options in ([], ['--scope', 'category', 'window'], ['--mask', 'variance', '--threshold', '0.001']):
+        assert main([*command, *options]) == 0
+        said = re.search(r'saved by Pure-Pass \(([\d.]+)%\)', capsys.readouterr().out)
+        saved.append(float(said[1]) if said else 0)
+    assert saved[1] > saved[0] > saved[2] == 0
+    for wrong in (
+        ['--scope', 'window', '--no-pure-pass'],
+        ['--arch', 'ATDLight', '--scope', 'window'],
+        ['--mask', 'flat'],
+    ):
+        assert main([*command, *wrong]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 def test_strict_loading_refuses_everything_else(files):

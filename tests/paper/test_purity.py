@@ -90,6 +90,36 @@ def test_command_with_a_grid(photographs, capsys):
     assert '| 8 | 5 | 75.00 |' in rows[-1]
 
 
+def test_command_with_other_masks(photographs, capsys):
+    command = ['purity', '--data', str(photographs), '--lq', '--format', 'json', '--mask']
+    assert main([*command, 'variance', '--threshold', '0.02', '2']) == 0
+    found = json.loads(capsys.readouterr().out)['Set0']
+    # within 5×5 of the speck, inside the image: 3×3 of the corner, 5×5 around (4, 4)
+    assert list(found['a'].values()) == [0.91, 1.0] and list(found['b'].values()) == [0.75, 1.0]
+    for mask in (['dynamic', '--num-centers', '2'], ['both', '--threshold', '0.02']):
+        assert main([*command, *mask]) == 0
+        shares_of = json.loads(capsys.readouterr().out)['Set0']
+        assert all(0 < share < 1 for image in shares_of.values() for share in image.values())
+    assert main([*command[:4], '--mask', 'variance']) == 0
+    assert 'variance' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--threshold', '0.1'], 'belongs to --mask variance'),
+        (['--mask', 'variance', '--threshold', '0'], '--threshold'),
+        (['--mask', 'variance', '--num-centers', '4'], 'num_centers'),
+        (['--mask', 'flat'], "'flat' is not a registered mask"),
+    ],
+    ids=['colour', 'range', 'not its own', 'unknown'],
+)
+def test_what_a_mask_does_not_take(photographs, capsys, arguments, message):
+    assert main(['purity', '--data', str(photographs), '--lq', *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize('arguments', [['--scale', '0'], ['--scale', '40'], ['--window', '0'], ['--shift', '9']])
 def test_bad_arguments(photographs, capsys, arguments):
     assert main(['purity', '--data', str(photographs), *arguments]) == 2

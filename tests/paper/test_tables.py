@@ -19,6 +19,7 @@ from ppsr.paper import measure, published, tables
 from ppsr.paper.report import Table
 from ppsr.weights import save_checkpoint
 
+CHANGES = dict(tables.CHANGES)  # the real ones
 TINY_NETWORK = dict(depths=[1], num_heads=[2], embed_dim=8, window_size=8, category_size=16, num_tokens=8)
 
 
@@ -223,6 +224,35 @@ def test_all_files_are_written_and_say_what_is_missing(data, weights, tmp_path, 
         assert Image.open(output / f'{name}.png').size[0] > 600 and (output / f'{name}.pdf').stat().st_size > 1000
     assert 'pp.safetensors' in readme and '## Ablations ×2' in readme
     assert '\\toprule' in (output / 'cost.tex').read_text()
+
+
+def test_masks_that_see_flatness_have_rows(weights, monkeypatch):
+    """Each on the weights of the default, with its own mask and threshold: what is flat within it is exempt."""
+    monkeypatch.setattr(tables, 'CHANGES', CHANGES)
+    base = measure.Method('PP-ATD-light', 2, {'type': 'PPATDLight', 'upscale': 2, **TINY_NETWORK}, weights)
+    methods = {method.label: method for method in tables.ablation_methods(base)}
+    lq = torch.full((1, 3, 32, 32), 0.2)  # quarters of one colour, nearly flat, rougher, and noise
+    spread = torch.where(torch.rand(16, 16) < 0.5, -1, 1) * torch.ones(3, 1, 1)
+    lq[0, :, :16, 16:], lq[0, :, 16:, :16] = 0.5 + 0.035 * spread, 0.5 + 0.047 * spread  # σ 0.061 and 0.081
+    lq[0, :, 16:, 16:] = torch.rand(3, 16, 16)
+    expected = {  # which quarters are pure, but for their borders
+        'dynamic centres': None,
+        'variance, σ < 0.05': (True, False, False),
+        'variance, σ < 0.07': (True, True, False),
+        'variance, σ < 0.10': (True, True, True),
+        'colour and σ < 0.07': None,
+    }
+    for label, quarters in expected.items():
+        net = methods[label].build()
+        mask = net.mask_of(lq)
+        assert mask[:, 4:12, 4:12].all() and not mask[:, 20:28, 20:28].any(), label
+        if quarters:
+            found = mask[:, 4:12, 4:12].all(), mask[:, 4:12, 20:28].all(), mask[:, 20:28, 4:12].all()
+            assert tuple(map(bool, found)) == quarters, label
+    both, colour, flat = (
+        methods[label].build().mask_of(lq) for label in (*list(expected)[4:], 'default', 'variance, σ < 0.07')
+    )
+    assert torch.equal(both, colour & flat)
 
 
 def test_without_ablations(data, tmp_path):

@@ -173,6 +173,20 @@ def test_mask_command(tmp_path, capsys):
     assert 'Mean of 2 images: 50.00% pure' in said.out and 'text.png is not a picture' in said.err
     assert read_picture(tmp_path / 'out' / 'flat_mask.png').pixels.shape == (30, 36, 3)
     assert main(arguments) == 1 and 'exists already' in capsys.readouterr().out
+    again = [*arguments, '--overwrite']
+    assert main([*again, '--mask', 'variance', '--threshold', '0.01']) == 1
+    assert 'flat.png: 100.00% pure' in (said := capsys.readouterr().out) and 'noise.png: 0.00% pure' in said
+    assert main([*again, '--mask', 'both', '--threshold', '2']) == 1  # by colour, then
+    assert 'noise.png: 0.00% pure' in capsys.readouterr().out
+    assert main([*again, '--mask', 'variance', '--threshold', '2']) == 1
+    assert 'noise.png: 100.00% pure' in capsys.readouterr().out
+    for wrong in (
+        ['--mask', 'variance', '--threshold', '3'],
+        ['--threshold', '0.1'],
+        ['--mask', 'variance', '--shift', '1'],
+    ):
+        assert main([*again, *wrong]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert main([*arguments, '--window-size', '0']) == 2
     assert main([*arguments, '--zoom', '0']) == 2
 

@@ -177,10 +177,14 @@ def _first_process_gets_pure_patches():
     PPATDLight.pure_mask = lambda self, lq: torch.full((lq.shape[0], *lq.shape[2:]), pure)
 
 
-@pytest.mark.parametrize('compensation', ['value', 'bypass', 'zero'])
-def test_all_pure_on_one_process_only(data, tmp_path, compensation):
+@pytest.mark.parametrize(
+    'compensation, scope',
+    [*((c, ['category']) for c in ('value', 'bypass', 'zero')), ('value', ['category', 'window'])],
+    ids=['value', 'bypass', 'zero', 'window'],
+)
+def test_all_pure_on_one_process_only(data, tmp_path, compensation, scope):
     """No parameter may go without a gradient: DistributedDataParallel would wait for it or fail."""
-    changes = dict(train__total_iter=3, network_g__pp_compensation=compensation, val=None)
+    changes = dict(train__total_iter=3, network_g__pp_compensation=compensation, network_g__pp_scope=scope, val=None)
     write_options(tmp_path, options(data, **TWO, **changes))
     wait(pair_of_processes(tmp_path, prepare=_first_process_gets_pure_patches))
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
