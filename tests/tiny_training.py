@@ -1,24 +1,17 @@
 """Tiny trainings for tests: options, pictures, and processes that start fast and can be killed."""
 
-import contextlib
-import multiprocessing
-import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 from PIL import Image
+from processes import Process
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# a process of its own for every training, forked from one that has imported everything
-_processes = multiprocessing.get_context('forkserver')
-_modules = ['ppsr.training.train', 'ppsr', 'ppsr.training.loader', 'basicsr.train', 'tiny_training']
-_processes.set_forkserver_preload(_modules)
 
 
 def write_pairs(folder: Path, count: int, size: int = 24, scale: int = 2) -> None:
@@ -93,29 +86,27 @@ def write_options(folder: Path, opt: dict) -> Path:
     return path
 
 
-class Training:
-    """``ppsr train`` in a process of its own, in `folder`, which holds options.yml.
+class Training(Process):
+    """``ppsr train`` in a process of its own, and a group of its own, in `folder`, which holds options.yml.
 
     Args:
         folder: working directory.
         arguments: after -opt.
-        prepare: called in the process before the command (to break something there on purpose).
-        environment: variables that it gets.
+        prepare, environment: as of :class:`processes.Process`.
         output: file in `folder` that gets what it prints.
     """
 
     def __init__(self, folder: Path, *arguments: str, prepare=None, environment=None, output='output.txt'):
         self.output = folder / output
         self.output.write_text('')
-        argv = ['train', '-opt', 'options.yml', *arguments]
-        self.process = _processes.Process(target=_run, args=(self.output, argv, prepare, environment or {}))
-        self.process.start()
-
-    def wait(self, seconds: float = 120) -> int:
-        """Exit code; minus the number of the signal that killed it."""
-        self.process.join(seconds)
-        assert self.process.exitcode is not None, f'still running after {seconds} s:\n{self.text}'
-        return self.process.exitcode
+        super().__init__(
+            ['train', '-opt', 'options.yml', *arguments],
+            cwd=folder,
+            environment=environment,
+            shell=f'> {output} 2>&1',
+            group=True,
+            prepare=prepare,
+        )
 
     @property
     def text(self) -> str:
@@ -123,31 +114,7 @@ class Training:
 
     def wait_for(self, text: str, seconds: float = 120) -> None:
         """Return when the output holds `text`, or the process has ended."""
-        end = time.monotonic() + seconds
-        while text not in self.text and self.process.is_alive():
-            assert time.monotonic() < end, f'no {text!r} after {seconds} s:\n{self.text}'
-            time.sleep(0.02)
-
-    def signal_group(self, number: int) -> None:
-        """To the training and its loader workers, as a terminal or a cluster manager does."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
-
-
-def _run(output: Path, argv: list[str], prepare, environment: dict[str, str]) -> None:
-    os.chdir(output.parent)
-    os.environ.update(environment)
-    multiprocessing.set_start_method('fork', force=True)  # loader workers as in a training started from a shell
-    os.setpgid(0, 0)  # a process group, as a terminal or a cluster manager signals one
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    torch.set_num_threads(1)
-    if prepare is not None:
-        prepare()
-    from ppsr.cli import main
-
-    sys.exit(main(argv))
+        self.until(lambda: text in self.text, seconds)
 
 
 def weights(folder: Path, name: str = 'net_g_latest.pth') -> dict[str, torch.Tensor]:

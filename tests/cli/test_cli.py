@@ -1,12 +1,10 @@
 """The command line's frame, `ppsr doctor`, and what the process sets up for itself."""
 
 import importlib
-import os
-import subprocess
 import sys
 
 import pytest
-from support import REPOSITORY
+from processes import Process
 
 from ppsr.cli import COMMANDS, main
 from ppsr.ops import native
@@ -59,9 +57,9 @@ import torch, ppsr.runtime
 done = ppsr.runtime.tune_process()
 print(len(done), float(torch.tensor([1e-40]) * 1.0) == 0.0)
 """
-    env = os.environ | {'PPSR_NO_TUNING': off, 'PYTHONPATH': str(REPOSITORY)}
-    result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=120)
-    count, flushed = result.stdout.split()
+    process = Process(code, environment={'PPSR_NO_TUNING': off})
+    assert process.wait() == 0, process.stderr
+    count, flushed = process.stdout.decode().split()
     if off:
         assert (count, flushed) == ('0', 'False')
     else:

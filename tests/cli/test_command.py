@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from processes import Process
 from support import REPOSITORY
 
 from ppsr.cli import COMMANDS, build_parser, main
@@ -70,29 +71,34 @@ def test_a_line_is_parsed_anew_each_time():
 # ----------------------------------------------------------------------------------------------------------- streams
 
 
-def ppsr(*line, shell='', **kwargs):
-    """The command in a process of its own; `shell`: redirections."""
-    environment = os.environ | {'PYTHONPATH': str(REPOSITORY)} | kwargs.pop('env', {})
-    command = ['bash', '-c', f'exec "$@" {shell}', 'bash', sys.executable, '-m', 'ppsr_command', *map(str, line)]
-    return subprocess.run(command, env=environment, capture_output=True, timeout=120, **kwargs)
+STREAMS = {
+    '>/dev/full': 'No space left on device',
+    '>&-': 'Standard output is closed',
+    '2>&-': '',
+    '2>/dev/full': '',
+    '<&-': '',
+}
 
 
-@pytest.mark.parametrize('line', [['--help'], ['doctor']], ids=' '.join)
-@pytest.mark.parametrize(
-    'shell, said',
-    [
-        ('>/dev/full', 'No space left on device'),
-        ('>&-', 'Standard output is closed'),
-        ('2>&-', ''),
-        ('2>/dev/full', ''),
-        ('<&-', ''),
-    ],
-)
-def test_streams_that_are_full_or_closed(line, shell, said):
-    done = ppsr(*line, shell=shell)
-    error = done.stderr.decode()
+@pytest.mark.parametrize('shell', STREAMS)
+def test_streams_that_are_full_or_closed(shell):
+    """From start to end of a real interpreter, as a shell starts it."""
+    environment = os.environ | {'PYTHONPATH': str(REPOSITORY)}
+    command = ['bash', '-c', f'exec "$@" {shell}', 'bash', sys.executable, '-m', 'ppsr_command', '--help']
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    _check_streams(shell, done.returncode, done.stderr.decode())
+
+
+@pytest.mark.parametrize('shell', STREAMS)
+def test_streams_that_are_full_or_closed_under_a_command(shell):
+    process = Process(['doctor'], shell=shell)
+    _check_streams(shell, process.wait(), process.stderr.decode())
+
+
+def _check_streams(shell, code, error):
+    said = STREAMS[shell]
     assert error.count('\n') == bool(said) and said.lower() in error.lower(), error
-    assert done.returncode == bool(said)
+    assert code == bool(said)
 
 
 def test_head_is_no_error():
@@ -134,10 +140,9 @@ for command in ppsr_command.COMMANDS:
     assert ppsr_command.main([command, '--help']) == 0
 assert ppsr_command.main(['doctor']) == 0
 """
-    environment = os.environ | {'PYTHONPATH': str(REPOSITORY), 'PYTHONIOENCODING': 'ascii'}
-    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, timeout=120)
-    assert done.returncode == 0 and done.stderr == b'', done.stderr
-    assert all(f'usage: ppsr {command} ' in done.stdout.decode('ascii') for command in COMMANDS)
+    process = Process(code, encoding='ascii')
+    assert process.wait() == 0 and process.stderr == b'', process.stderr
+    assert all(f'usage: ppsr {command} ' in process.stdout.decode('ascii') for command in COMMANDS)
 
 
 def test_help_needs_no_torch():

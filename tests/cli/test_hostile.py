@@ -4,12 +4,9 @@ The properties are those of tests/fuzz.py, driven by hypothesis; the rest are at
 """
 
 import contextlib
-import os
 import pickle
 import random
 import struct
-import subprocess
-import sys
 import textwrap
 import zlib
 from pathlib import Path
@@ -20,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Process
 from tiny_training import options, write_options, write_pairs
 
 from ppsr.cli import main
@@ -204,13 +202,12 @@ def test_decompression_bombs_are_refused_before_memory_is_taken(tmp_path):
                     print('refused:', e)
         print('MiB:', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     """
-    command = [sys.executable, '-c', textwrap.dedent(code)]
-    environment = os.environ | {'PYTHONPATH': str(REPOSITORY)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    refused = [line for line in done.stdout.splitlines() if line.startswith('refused:') and '.png' in line]
-    assert len(refused) == 6, done.stdout
-    assert int(done.stdout.split('MiB:')[1]) < 100
+    process = Process(textwrap.dedent(code), cwd=tmp_path)
+    assert process.wait() == 0, process.stderr
+    said = process.stdout.decode()
+    refused = [line for line in said.splitlines() if line.startswith('refused:') and '.png' in line]
+    assert len(refused) == 6, said
+    assert int(said.split('MiB:')[1]) < 100
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

@@ -4,9 +4,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import Process
 
 from ppsr.cli import main
 from ppsr.data import demo
@@ -309,13 +307,11 @@ def test_killed_run_leaves_no_broken_file_and_resumes(tmp_path):
         save(tmp_path / f'published/{index:02d}.png', 72, 72, seed=index)
     words = ['--hr', tmp_path / 'published', '-o', tmp_path, '--name', 'X', '--scale', '2', '--sub-images']
     words += ['--crop-size', '24', '--step', '12', '--lmdb', '--meta-info', '--jobs', '1']
-    code = 'import sys; from ppsr.cli import main; sys.exit(main(sys.argv[1:]))'
-    process = subprocess.Popen([sys.executable, '-c', code, 'prepare', *map(str, words)], stderr=subprocess.DEVNULL)
+    process = Process(['prepare', *words])
     target = 30 + rng.randrange(200)
     folder = tmp_path / 'X/LRbicx2_sub'
-    while process.poll() is None and (not folder.is_dir() or len(os.listdir(folder)) < target):
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
+    process.until(lambda: folder.is_dir() and len(os.listdir(folder)) >= target)
+    process.send_signal(signal.SIGKILL)
     process.wait()
     for path in Path(tmp_path / 'X').rglob('*.png'):
         if not path.name.startswith('.'):
@@ -446,15 +442,11 @@ def test_signals_end_the_workers_quietly(tmp_path, number):
     for index in range(24):
         save(tmp_path / f'published/{index:02d}.png', 200, 200, seed=index)
     words = ['--hr', tmp_path / 'published', '-o', tmp_path, '--name', 'X', '--jobs', '2']
-    code = 'import sys; from ppsr.cli import main; sys.exit(main(sys.argv[1:]))'
-    process = subprocess.Popen(
-        [sys.executable, '-c', code, 'prepare', *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
-    while process.poll() is None and not list((tmp_path / 'X').glob('LRbicx2/*.png')):
-        time.sleep(0.01)
+    process = Process(['prepare', *words])
+    process.until(lambda: list((tmp_path / 'X').glob('LRbicx2/*.png')))
     process.send_signal(number)
-    error = process.communicate(timeout=60)[1].decode()  # ends when the last worker has closed it
-    assert process.returncode in (128 + number, -number)
+    assert process.wait(60) in (128 + number, -number)  # and the last worker has closed its streams
+    error = process.stderr.decode()
     assert 'Traceback' not in error and 'BrokenPipe' not in error, error
     if number != signal.SIGKILL:
         assert not list((tmp_path / 'X').rglob('.*'))

@@ -4,13 +4,13 @@ import io
 import os
 import struct
 import subprocess
-import sys
 import textwrap
 import zlib
 
 import numpy as np
 import pytest
 from PIL import GifImagePlugin, Image, ImageCms, ImageFile
+from processes import Process
 
 from ppsr.errors import UserError
 from ppsr.images import decode_rgb, image_size, list_images, read_header, read_picture, write_picture
@@ -143,9 +143,9 @@ def test_what_a_header_promises_is_refused_before_memory_is_taken(tmp_path):
                     print(f'{path}|{error}')
         print('MiB:', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     """
-    done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    process = Process(textwrap.dedent(code), cwd=tmp_path)
+    assert process.wait() == 0, process.stderr
+    lines = process.stdout.decode().splitlines()
     for name in PROMISES:
         said = [line for line in lines if line.startswith(f'{name}|')]
         assert len(said) == 3 and all('is too large to be opened safely' in line for line in said), (name, said)

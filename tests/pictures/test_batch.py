@@ -4,14 +4,12 @@ import copy
 import os
 import pickle
 import stat
-import subprocess
-import sys
 import threading
 
 import numpy as np
 import pytest
 from PIL import Image
-from support import REPOSITORY
+from processes import Process
 
 from ppsr.archs import ATDLight, PPATDLight
 from ppsr.cli import main
@@ -307,11 +305,9 @@ def test_a_named_pipe_is_read(here, command):
 def test_standard_streams_that_cannot_be_used(here, weights, shell, said):
     picture(here / 'a.png')
     line = ['upscale', '-i', '-', '-o', '-', '--model-path', str(weights), '--device', 'cpu']
-    command = ['bash', '-c', f'exec "$@" {shell}', 'bash', sys.executable, '-m', 'ppsr_command', *line]
-    environment = os.environ | {'PYTHONPATH': str(REPOSITORY)}
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
-    assert done.returncode in (1, 2) and done.stdout == b''
-    assert said in done.stderr and b'Traceback' not in done.stderr and b'ignored' not in done.stderr
+    process = Process(line, shell=shell)
+    assert process.wait() in (1, 2) and process.stdout == b''
+    assert said in process.stderr and b'Traceback' not in process.stderr and b'ignored' not in process.stderr
 
 
 def test_no_temporary_folder_is_a_sentence(here, upscale, monkeypatch, capfd):

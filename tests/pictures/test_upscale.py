@@ -7,8 +7,6 @@ import io
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from processes import Process
 from torch import nn
 
 from ppsr import tiling
@@ -498,12 +497,11 @@ def test_command_with_mask_factor_and_format(tmp_path, weights, capsys):
 def test_command_from_standard_input_to_standard_output(weights):
     file = io.BytesIO()
     Image.fromarray(noise(6, 5, 3)).save(file, 'JPEG')
-    command = [sys.executable, '-m', 'ppsr', 'upscale', '-i', '-', '-o', '-', '--model-path', str(weights)]
-    done = subprocess.run(command, input=file.getvalue(), capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr.decode()
-    image = Image.open(io.BytesIO(done.stdout))
+    process = Process(['upscale', '-i', '-', '-o', '-', '--model-path', weights], input=file.getvalue())
+    assert process.wait() == 0, process.stderr.decode()
+    image = Image.open(io.BytesIO(process.stdout))
     assert image.format == 'PNG' and image.size == (10, 12)
-    assert b'1 image enlarged' in done.stderr
+    assert b'1 image enlarged' in process.stderr
 
 
 def test_quality_and_transparency_of_jpeg(tmp_path, weights, capsys):
