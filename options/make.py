@@ -3,7 +3,8 @@
     python options/make.py
 
 A new network is an entry in NETWORKS; what all files have in common is changed in TRAIN or TEST. tests/training says so
-when a file is not what this gives. demo.yml, study.yml and the recipes for CPUs (*_cpu.yml) are written by hand.
+when a file is not what this gives. demo.yml, study.yml and the recipes for CPUs (*_cpu.yml, *_window.yml) are
+written by hand.
 """
 
 from pathlib import Path

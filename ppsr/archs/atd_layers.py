@@ -219,7 +219,7 @@ class AttentionLayer(ExemptingLayer):
         pure_pass: PurePassSettings = AS_PUBLISHED,
         window_fn: Callable[[int, int, int], nn.Module] = WindowAttention,
     ):
-        super().__init__(dim, 'window' in pure_pass.scope, pure_pass.window_compensation)
+        super().__init__(dim, pure_pass.scope, pure_pass.window_compensation)
         self.shift = shift
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
@@ -227,7 +227,6 @@ class AttentionLayer(ExemptingLayer):
         self.attn_win = window_fn(dim, window_size, num_heads)
         self.attn_atd = DictionaryAttention(dim, num_tokens, reducted_dim, scales, max_scale)
         self.attn_aca = CategoryAttention(dim, num_heads, category_size, learned_scale, pure_pass.compensation)
-        self.exempts_category = 'category' in pure_pass.scope
         self.convffn = ConvFFN(dim, int(dim * mlp_ratio), convffn_kernel_size, row_dim)
 
     def attend(self, x: Tensor, k: Tensor, v: Tensor, pure: Tensor | None) -> tuple[Tensor, Tensor, Similarity]:
@@ -235,12 +234,12 @@ class AttentionLayer(ExemptingLayer):
         category (B, N), similarity"""
         qkv, q = norm_linear(x, self.norm1, self.wqkv, self.attn_atd.wq)
         x_atd, category, similarity = self.attn_atd(q.flatten(1, 2), k, v)
-        exempt = pure if self.exempts_category else None
+        exempt = self.exempt('category', pure)
         x_cross = self.attn_aca(qkv.flatten(1, 2), category, exempt, x_atd).view(x.shape)  # from far away
-        if pure is None or self.comp is None:
+        pure = self.exempt_from_window(x, pure)
+        if pure is None:
             x = self.attn_win(qkv, self.shift, x, x_cross)
         else:
-            pure = pure.view(x.shape[:3])
             instead = self.comp(x, self.norm1, qkv, pure)
             x = self.attn_win(qkv, self.shift, x, x_cross, pure=pure, instead=instead)
         return x, category, similarity
@@ -250,10 +249,10 @@ class AttentionLayer(ExemptingLayer):
         atd, c, images = self.attn_atd, self.wqkv.in_features, len(active)
         m, r = atd.num_tokens, atd.wq.out_features
         window = self.attn_win.macs(images, tokens)
-        if self.comp is not None:
+        if 'window' in self.scope:
             pure = images * tokens - sum(active)
             window = self.attn_win.macs(images, tokens, pure) + self.comp.macs(pure)
-        if not self.exempts_category:
+        if 'category' not in self.scope:
             active = images * [tokens]
         return {
             'qkv': images * tokens * c * 3 * c,

@@ -5,8 +5,9 @@ A new network writes what it does with a padded image (:meth:`MaskedNetwork.rest
 files follow from the contract, and nobody outside ``ppsr/archs`` asks for a network by name or attribute.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -221,6 +222,35 @@ class MaskedNetwork(HubNetwork, nn.Module, ABC):
         """Take the mask away: the network is dense from here on. Returns itself."""
         self.pure_pass = None
         return self
+
+    @contextlib.contextmanager
+    def exempting(self, mask: PixelMask | None, scope: Sequence[str] | None = None) -> Iterator[None]:
+        """Within a `with`, the network runs with another mask, or with none, and other attentions in its scope.
+
+        A backward pass that computes layers anew (`use_checkpoint`) has to happen within, too.
+
+        Args:
+            mask: finds the exempt pixels; None: nothing is exempt.
+            scope: attentions that they are exempt from, some of `scopes`; None: as it is.
+
+        Raises:
+            ValueError: a scope that the network has nothing to put in place of.
+        """
+        layers = [m for m in self.modules() if isinstance(m, ExemptingLayer)]
+        if scope is not None:
+            require_scope(scope, self.scopes)
+            if 'window' in scope and any(layer.comp is None for layer in layers):
+                raise ValueError('the network was built without a stand-in for window attention: give it a pp_scope')
+        before = self.pure_pass, [layer.scope for layer in layers]
+        try:
+            self.pure_pass = mask
+            for layer in layers:
+                layer.scope = layer.scope if scope is None else tuple(scope)
+            yield
+        finally:
+            self.pure_pass, scopes = before
+            for layer, scope in zip(layers, scopes):
+                layer.scope = scope
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """Further terms of the training loss by name, of the last forward; none here."""

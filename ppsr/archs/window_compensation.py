@@ -5,6 +5,8 @@ attention (:class:`ExemptingLayer`) has one as ``comp``. Only 'linear' has param
 tokens in row-major order.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,18 +97,35 @@ class ExemptingLayer(nn.Module):
 
     Args:
         dim: C.
-        exempts: whether they are.
-        compensation: what they get instead, one of `WINDOW_COMPENSATIONS`.
+        scope: the attentions that pure tokens are exempt from.
+        compensation: what they get in place of window attention, one of `WINDOW_COMPENSATIONS`.
 
     Attributes:
+        scope: the attentions that pure tokens are exempt from now; :meth:`MaskedNetwork.exempting` changes it.
         comp: the :class:`WindowCompensation`, or None. Weight files with a learned one load into a layer without it:
             one file serves the network with every scope.
     """
 
-    def __init__(self, dim: int, exempts: bool, compensation: str):
+    def __init__(self, dim: int, scope: Sequence[str], compensation: str):
         super().__init__()
+        self.scope = tuple(scope)
         kinds = {'linear': LinearCompensation, 'value': WindowCompensation, 'mean': MeanCompensation}
-        self.comp = None if not exempts else kinds[compensation](*[dim] if compensation == 'linear' else ())
+        self.comp = None if 'window' not in scope else kinds[compensation](*[dim] if compensation == 'linear' else ())
+
+    def exempt(self, attention: str, pure: Tensor | None) -> Tensor | None:
+        """The mask of the pure tokens, or None where they are not exempt from this attention."""
+        return pure if attention in self.scope else None
+
+    def exempt_from_window(self, x: Tensor, pure: Tensor | None) -> Tensor | None:
+        """That of window attention for a map x (B, H, W, C): (B, H, W) bool or None.
+
+        A learned stand-in that is not asked for in this step of a training is asked for nothing: its gradient is zero
+        and not absent, so that DistributedDataParallel, which waits for it, and optimizers see no difference.
+        """
+        pure = self.exempt('window', pure)
+        if pure is None and isinstance(self.comp, LinearCompensation) and torch.is_grad_enabled():
+            return torch.zeros(x.shape[:3], dtype=torch.bool, device=x.device)
+        return None if pure is None else pure.view(x.shape[:3])
 
     def does_without(self) -> set[str]:
         """Names of parameters that a file may have and this layer has no use for."""

@@ -40,6 +40,14 @@ class PixelMask(nn.Module, ABC):
     def macs(self, height: int, width: int) -> int:
         """Multiply-adds that the mask itself takes for one image (docs/flops.md)."""
 
+    def with_threshold(self, threshold: float) -> 'PixelMask':
+        """The same mask with another threshold; the higher, the more is exempt.
+
+        Raises:
+            ValueError: the mask has none, or the value is out of range.
+        """
+        raise ValueError(f'the mask {self.name!r} has no threshold')
+
     def tint(self, lq: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 3, H, W) RGB in [0, 1]: the colour that an overlay gives an exempt pixel."""
         return torch.tensor([0.9, 0.5, 0.1], dtype=lq.dtype, device=lq.device).view(1, 3, 1, 1).expand_as(lq)

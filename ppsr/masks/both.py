@@ -32,12 +32,16 @@ class Both(PixelMask):
         fuse: bool = True,
     ):
         super().__init__()
-        self.colour, self.variance = PurePass(num_centers, window_size, shift, fuse), Variance(threshold)
+        self.of_colour = dict(num_centers=num_centers, window_size=window_size, shift=shift, fuse=fuse)
+        self.colour, self.variance = PurePass(**self.of_colour), Variance(threshold)
         # the grid of the windows, as many rows of it as the neighbourhood reaches
         self.period = window_size * -(-(WINDOW // 2) // window_size)
 
     def forward(self, lq: Tensor) -> Tensor:
         return self.colour(lq) & self.variance(lq)
+
+    def with_threshold(self, threshold: float) -> 'Both':
+        return Both(threshold, **self.of_colour)
 
     def macs(self, height: int, width: int) -> int:
         return self.colour.macs(height, width) + self.variance.macs(height, width)

@@ -70,6 +70,9 @@ class Variance(PixelMask):
     def forward(self, lq: Tensor) -> Tensor:
         return variance_mask(lq, self.threshold, self.window_size)
 
+    def with_threshold(self, threshold: float) -> 'Variance':
+        return Variance(threshold, self.window_size)
+
     def macs(self, height: int, width: int) -> int:
         """Two sums over the window and two squares, per pixel and channel."""
         return height * width * 3 * (2 * self.window_size**2 + 2)

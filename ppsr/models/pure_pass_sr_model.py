@@ -29,6 +29,7 @@ from ppsr.registry import register
 from ppsr.tiling import DEFAULT_OVERLAP, tiled_forward
 from ppsr.training import checkpoints, resume
 from ppsr.training.distributed import any_process, from_all, from_first, raise_in_all
+from ppsr.training.exemptions import Exemptions
 from ppsr.training.flat import flat_loss, flat_pictures
 from ppsr.training.optimizers import muon_for
 from ppsr.weights import load_into, read_checkpoint, resolve
@@ -54,6 +55,8 @@ class PurePassSRModel(SRModel):
       loss, each times ``train.auxiliary_weights[name]`` (or the network's own ``auxiliary_weights``), and logged;
     - ``train.flat_opt``: one-colour pictures beside every batch, which have to stay as they are
       (:mod:`ppsr.training.flat`);
+    - ``train.pp_*``: the mask, its threshold and what is exempt are drawn for every batch
+      (:mod:`ppsr.training.exemptions`);
     - every optimizer of torch.optim that super-resolution uses (basicsr 1.4.2 knows Adam only);
     - weights read without running code, keys named when they do not fit;
     - ``train.grad_clip_norm``: gradients are scaled down to this norm; ``train.amp``: bf16 or fp16 autocast of the
@@ -152,6 +155,7 @@ class PurePassSRModel(SRModel):
                 f'put them into {torch.hub.get_dir()}/checkpoints, or leave perceptual_opt out.'
             ) from e
         self.flat = train.get('flat_opt')
+        self.exemptions = Exemptions(train, self.get_bare_model(self.net_g))
         self.amp_dtype = AMP.get(train.get('amp'))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
         self.grad_clip_norm = train.get('grad_clip_norm')
@@ -169,6 +173,10 @@ class PurePassSRModel(SRModel):
         Raises:
             UserError: that happened ``train.max_nonfinite`` times, or the step made weights that are not finite.
         """
+        with self.exemptions.draw():
+            self._step(current_iter)
+
+    def _step(self, current_iter: int) -> None:
         self.optimizer_g.zero_grad()
         beside = self._backward_beside(current_iter)
         with self._autocast():

@@ -437,6 +437,13 @@ class Train(OpenTrain, extra='forbid'):
     flat_opt: Annotated[dict | None, Nested(FlatPictures), 'one-colour pictures in every step; {}: as by default'] = (
         None
     )
+    pp_probability: Annotated[float, Number(0, 1), 'share of the batches with a mask; the others run dense'] = 1.0
+    pp_paper_probability: Annotated[
+        float, Number(0, 1), "share of all batches in the paper's setting: colour mask, category attention alone"
+    ] = 0.0
+    pp_threshold_range: Annotated[
+        list | None, Several(Number(above=0, most=2), 2), "the mask's threshold is drawn from it for each batch"
+    ] = None
     ema_decay: Annotated[float, Number(0, below=1), 'of the running mean of the weights; 0: none'] = 0.0
     grad_clip_norm: Annotated[float | None, Number(above=0, most=10**9), 'scale the gradient down to this norm'] = None
     amp: Annotated[str | None, Choice('bf16', 'fp16'), 'autocast of the network; losses and weights stay float32'] = (
@@ -448,6 +455,14 @@ class Train(OpenTrain, extra='forbid'):
     def together(cls, values, where):
         if not values['pixel_opt'] and not values['perceptual_opt']:
             raise UserError(f'{where} lacks a loss: pixel_opt, perceptual_opt or both.')
+        if values['pp_paper_probability'] > values['pp_probability']:
+            raise UserError(
+                f'{where} → pp_paper_probability {values["pp_paper_probability"]} must not be above pp_probability '
+                f'{values["pp_probability"]}, of which it is a part.'
+            )
+        bounds = values['pp_threshold_range']
+        if bounds and bounds[0] > bounds[1]:
+            raise UserError(f'{where} → pp_threshold_range must name the lower end first, not {show(bounds)}.')
         periods = values['scheduler'].get('periods')
         if periods and sum(periods) < values['total_iter']:
             raise UserError(

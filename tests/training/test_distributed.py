@@ -98,6 +98,16 @@ def test_losses_beside_the_batch_are_averaged_once(data, tmp_path, unused):
             torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-6 * float(e.abs().max()) + 1e-9)
 
 
+def test_processes_that_draw_differently_train_the_same_weights(data, tmp_path):
+    opt = options(data, train__total_iter=6, logger__save_checkpoint_freq=6, val=None)
+    opt['network_g'] |= {'pp_mask': 'both', 'pp_scope': ['category', 'window']}
+    opt['train'] |= {'pp_probability': 0.6, 'pp_paper_probability': 0.3, 'pp_threshold_range': [0.05, 0.5]}
+    for name in ('a', 'b'):  # twice the same
+        write_options(tmp_path / name, opt)
+        wait(pair_of_processes(tmp_path / name))
+    assert_same_weights(tmp_path / 'a', tmp_path / 'b')
+
+
 def best(folder) -> dict:
     state = checkpoints.read_state(folder / 'experiments/run/training_states/4.state')
     return state['best_metric_results']['val']

@@ -147,11 +147,13 @@ def test_killed_at_random_moments_ends_bit_for_bit_equal(data, uninterrupted, tm
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='this torch has no Muon')
-def test_muon_drawings_and_flat_pictures_go_on_bit_for_bit(data, tmp_path):
+def test_everything_that_is_drawn_goes_on_bit_for_bit(data, tmp_path):
     """Stopped after iteration 5, in the middle of an epoch and between two steps of the rate."""
     muon = {'type': 'Muon', 'lr': 1e-3, 'adamw': {'lr': 5e-4, 'betas': [0.9, 0.95]}}
     opt = options(data, train__optim_g=muon, train__total_iter=10, datasets__train__synthetic_graphics=0.5)
     opt['train']['flat_opt'] = {'sides': [8, 16], 'pixels': 256}
+    opt['network_g'] |= {'pp_mask': 'variance', 'pp_scope': ['category', 'window']}
+    opt['train'] |= {'pp_probability': 0.7, 'pp_paper_probability': 0.3, 'pp_threshold_range': [0.05, 0.5]}
     folders = tmp_path / 'whole', tmp_path / 'stopped'
     for folder in folders:
         write_options(folder, opt)
