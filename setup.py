@@ -127,6 +127,7 @@ setup(
     ],
     extras_require={
         'spandrel': ['spandrel>=0.4.2'],
+        'teacher': ['spandrel>=0.4.2'],  # distillation from networks of other packages
         'hub': ['huggingface_hub>=0.24'],
         'test': [
             'pytest',

@@ -49,6 +49,7 @@ __all__ = [
 
 MAX_NAME = 100  # characters of a parameter's name in a message
 DEFAULT_MODEL = 'PPATDLight_x4'
+OTHER_KEYS = ('state_dict', 'model_state_dict', 'model', 'net')  # where other projects' files have their parameters
 FAMILY = re.compile(r'PPATDLight_x(\d+)')  # the shipped weights of each scale
 
 
@@ -84,7 +85,7 @@ def read_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
     Args:
         path: .safetensors, or a torch file (.pth, .pt) as BasicSR writes it.
         key: 'params_ema' or 'params' to prefer one; without it, or where that one is not there, the first found of
-            params_ema, params, and the bare state dict is taken.
+            params_ema, params, what other projects call it (state_dict, model, …), and the bare state dict is taken.
 
     Raises:
         UserError: no such file, not a weight file, or one that contains more than weights.
@@ -125,7 +126,7 @@ def _check_archive(path: Path) -> None:
 def _from_content(path: Path, content, key: str | None) -> Checkpoint:
     if not isinstance(content, dict):
         raise UserError(f'{path}: holds a {type(content).__name__}, not a dictionary of parameters.')
-    for name in (key, 'params_ema', 'params'):
+    for name in (key, 'params_ema', 'params', *OTHER_KEYS):
         if name and isinstance(content.get(name), dict):
             state, used = content[name], name
             break

@@ -11,6 +11,8 @@ Same options and same samples for the same random state. What is different:
 
 from collections.abc import Mapping
 
+import numpy as np
+import torch
 from basicsr.data.transforms import augment, paired_random_crop
 from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils import data
@@ -41,6 +43,7 @@ class PairedSRDataset(data.Dataset):
 
     Items:
         ``lq`` float32 (3, h, w) and ``gt`` float32 (3, h * scale, w * scale), RGB in [0, 1]; ``lq_path``, ``gt_path``.
+        Where there are `answers` of a teacher, ``teacher``, like gt and cropped and turned as it is (train).
 
     Raises:
         DataError: wrong options, missing files, pairs that do not fit; on access, an image that cannot be read.
@@ -60,6 +63,7 @@ class PairedSRDataset(data.Dataset):
         check_pairs = opt.get('check_pairs', 1000)
         if check_pairs != 'all' and (not isinstance(check_pairs, int) or check_pairs < 1):
             raise DataError(f"check_pairs must be a positive number or 'all', but is {check_pairs!r}.")
+        self.answers = None  # a teacher's, to the whole images (ppsr.training.teacher.Answers)
         self.pairs = open_pairs(opt)
         check_pair_sizes(self.pairs, self.scale, self.gt_size, None if check_pairs == 'all' else check_pairs)
 
@@ -79,8 +83,22 @@ class PairedSRDataset(data.Dataset):
         gt = gt[:height, :width]
         if self.train:
             if min(height, width) < self.gt_size:
-                raise DataError(f'{gt_path} ({height}x{width}) is smaller than the training patch ({self.gt_size}).')
-            gt, lq = paired_random_crop(gt, lq, self.gt_size, self.scale, gt_path)
-            # a copy, because augment flips in place
-            gt, lq = augment([gt.copy(), lq.copy()], self.opt.get('use_hflip', True), self.opt.get('use_rot', True))
-        return {'lq': to_tensor(lq)[0], 'gt': to_tensor(gt)[0], 'lq_path': lq_path, 'gt_path': gt_path}
+                raise DataError(
+                    f'{gt_path} ({height}x{width}) is smaller than the training patch (gt_size {self.gt_size}); lower '
+                    'gt_size, or name the images that are large enough in a meta_info_file.'
+                )
+            images = [gt, self.answers.crop(lq_bytes, (height, width), lq_path)] if self.answers else [gt]
+            *images, lq = _cropped(images, lq, self.gt_size, self.scale, gt_path)
+            # copies, because augment flips in place
+            images = [images[0].copy(), *(np.array(image, np.float32) for image in images[1:]), lq.copy()]
+            gt, *answers, lq = augment(images, self.opt.get('use_hflip', True), self.opt.get('use_rot', True))
+        item = {'lq': to_tensor(lq)[0], 'gt': to_tensor(gt)[0], 'lq_path': lq_path, 'gt_path': gt_path}
+        if self.train and answers:
+            item['teacher'] = torch.from_numpy(np.ascontiguousarray(answers[0].transpose(2, 0, 1)))
+        return item
+
+
+def _cropped(images: list[np.ndarray], lq: np.ndarray, gt_size: int, scale: int, gt_path: str) -> list[np.ndarray]:
+    """The same random patch of images of GT size and, last, of the LQ image."""
+    cropped, lq = paired_random_crop(images, lq, gt_size, scale, gt_path)
+    return [*(cropped if isinstance(cropped, list) else [cropped]), lq]  # basicsr unpacks a list of one

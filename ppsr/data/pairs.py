@@ -197,7 +197,10 @@ def check_pair_sizes(
                 f'the images do not fit scale {scale}.'
             )
         if gt_size is not None and min(lq_h, lq_w) * scale < gt_size:
-            raise DataError(f'{gt_path} ({gt_h}x{gt_w}) is smaller than the training patch (gt_size {gt_size}).')
+            raise DataError(
+                f'{gt_path} ({gt_h}x{gt_w}) is smaller than the training patch (gt_size {gt_size}); lower gt_size, or '
+                'name the images that are large enough in a meta_info_file.'
+            )
 
 
 def _require_folder(folder: str) -> None:

@@ -32,6 +32,7 @@ from ppsr.training.distributed import any_process, from_all, from_first, raise_i
 from ppsr.training.exemptions import Exemptions
 from ppsr.training.flat import flat_loss, flat_pictures
 from ppsr.training.optimizers import muon_for
+from ppsr.training.teacher import Answers, Teacher, features_loss, fill_cache
 from ppsr.weights import load_into, read_checkpoint, resolve
 
 __all__ = ['PurePassSRModel']
@@ -53,6 +54,8 @@ class PurePassSRModel(SRModel):
       against the dense network, counted from the masks that were really used;
     - named auxiliary losses: a network with ``auxiliary_losses() -> {name: scalar}`` has them added to the training
       loss, each times ``train.auxiliary_weights[name]`` (or the network's own ``auxiliary_weights``), and logged;
+    - ``train.teacher``: the answers of a finished network are learned, too, and what its groups do
+      (:mod:`ppsr.training.teacher`);
     - ``train.flat_opt``: one-colour pictures beside every batch, which have to stay as they are
       (:mod:`ppsr.training.flat`);
     - ``train.pp_*``: the mask, its threshold and what is exempt are drawn for every batch
@@ -144,6 +147,11 @@ class PurePassSRModel(SRModel):
         if name := first_not_finite(self.net_g):
             path = self.opt['path'].get('pretrain_network_g')
             raise UserError(f'{path or "the network"}: its weights are not finite (first {name}); start from others.')
+        self.teacher = self.answers = None
+        if train.get('teacher'):
+            self.teacher = Teacher(train['teacher'], self.opt['scale'], self.device)
+            if train['teacher']['features']:
+                self.teacher.check_features(self.get_bare_model(self.net_g))
         try:
             super().init_training_settings()
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as e:
@@ -154,17 +162,28 @@ class PurePassSRModel(SRModel):
                 f'train → perceptual_opt: the weights of its network can neither be read nor downloaded ({reason}); '
                 f'put them into {torch.hub.get_dir()}/checkpoints, or leave perceptual_opt out.'
             ) from e
-        self.flat = train.get('flat_opt')
+        self.flat, self.teaching = train.get('flat_opt'), train.get('teacher')
         self.exemptions = Exemptions(train, self.get_bare_model(self.net_g))
         self.amp_dtype = AMP.get(train.get('amp'))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
         self.grad_clip_norm = train.get('grad_clip_norm')
         self.max_nonfinite = train.get('max_nonfinite') or MAX_NONFINITE
 
+    def prepare_data(self, dataset) -> None:
+        """Before the first step: the answers of a teacher to the training images, where they are to be cached.
+
+        Raises:
+            UserError: the folder cannot be written, or has not enough room.
+        """
+        if self.teacher is not None and self.teaching['cache']:
+            answers = Answers(self.teaching['cache'], self.teacher)
+            fill_cache(answers, self.teacher, dataset, self.opt, get_root_logger())
+
     def feed_data(self, data):
         self.lq = data['lq'].to(self.device, non_blocking=True)
         if 'gt' in data:
             self.gt = data['gt'].to(self.device, non_blocking=True)
+        self.answers = data['teacher'].to(self.device, non_blocking=True) if 'teacher' in data else None
         self.lq_path = data.get('lq_path', [])
 
     def optimize_parameters(self, current_iter):
@@ -227,6 +246,12 @@ class PurePassSRModel(SRModel):
 
     def _losses_beside(self, current_iter: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Each such term, computed when it is its turn."""
+        if self.teacher is not None and self.teaching['features']:
+            answers, maps = self.teacher.with_maps(self.lq)
+            self.answers = answers if self.answers is None else self.answers
+            with self._autocast():
+                loss = features_loss(self.get_bare_model(self.net_g), self.lq, maps)
+            yield 'l_features', self.teaching['features_weight'] * loss
         if self.flat is not None:
             pictures = flat_pictures(self.flat, self.opt['manual_seed'], current_iter, self.opt['rank'])
             pictures = pictures.to(self.device)
@@ -272,6 +297,9 @@ class PurePassSRModel(SRModel):
         if self.cri_perceptual:
             perceptual, style = self.cri_perceptual(self.output, self.gt)
             losses.update({n: v for n, v in (('l_percep', perceptual), ('l_style', style)) if v is not None})
+        if self.teacher is not None and self.teaching['loss_weight']:
+            answers = self.teacher(self.lq) if self.answers is None else self.answers
+            losses['l_teacher'] = self.teaching['loss_weight'] * (self.output - answers).abs().mean()
         net = self.get_bare_model(self.net_g)
         if isinstance(net, HasAuxiliaryLosses):
             contract = as_masked(net)

@@ -81,6 +81,8 @@ class Study(Section):
             FileName()(label, place)
             if label == BICUBIC:
                 raise UserError(f'{place} is the name of another row of the table; give it another.')
+        if (values['train']['teacher'] or {}).get('cache'):
+            raise UserError(f'{where} train → teacher → cache: a study keeps no answers; leave it out.')
 
 
 def load_study(path: str | Path) -> dict:

@@ -49,6 +49,7 @@ def _tables() -> Iterator[str]:
     yield from _typed('train → scheduler', Typed(schema.SCHEDULERS))
     yield from _typed('train → pixel_opt', Typed(schema.LOSSES))
     yield from _typed('train → perceptual_opt', Typed(schema.PERCEPTUAL_LOSSES))
+    yield _table('train → teacher', schema.Teacher)
     yield _table('train → flat_opt', schema.FlatPictures)
     yield _table('val', schema.TrainVal, 'A test has no `val_freq`.')
     yield from _typed('val → metrics → (a name)', Typed(schema.METRICS))

@@ -41,6 +41,7 @@ class TrainBatches:
         workers, batch_size = dataset_opt['num_worker_per_gpu'], dataset_opt['batch_size_per_gpu']
         self.global_batch = batch_size * opt['world_size']
         self.name, self.opt, self.prefetch = dataset_opt['name'], opt, _prefetch_mode(dataset_opt, opt)
+        self.dataset = dataset
         self.drawn = dataset_opt.get('synthetic_graphics') or 0.0
         self.gt_size = dataset_opt.get('gt_size')
         ratio = dataset_opt.get('dataset_enlarge_ratio') or 1

@@ -355,6 +355,11 @@ def _check_loggers(opt: dict, where: str) -> None:
 
 def _complete_paths(opt: dict, root: Path) -> None:
     paths = opt['path']
+    teacher = (opt.get('train') or {}).get('teacher')
+    if isinstance(teacher, dict):
+        teacher.update(
+            {key: _expanded(teacher[key]) for key in ('weights', 'cache') if isinstance(teacher.get(key), str)}
+        )
     for key, value in paths.items():
         if isinstance(value, str) and (key == 'resume_state' or key.startswith('pretrain_network_')):
             paths[key] = _expanded(value)

@@ -421,6 +421,26 @@ class FlatPictures(Section):
             raise UserError(f'{where} → sides must name the least side first, not {show(values["sides"])}.')
 
 
+class Teacher(Section):
+    """A finished network whose answers are learned, too"""
+
+    weights: Annotated[str, FilePath(), 'weight file of ours or that spandrel knows, or a shipped name; same scale']
+    loss_weight: Annotated[float, Weight, 'factor of the mean absolute distance to its answers (l_teacher)'] = 0.5
+    cache: Annotated[str | None, FilePath(), 'folder for its answers to whole training images; ~: asked each step'] = (
+        None
+    )
+    tile: Annotated[int, Whole(0, LARGE), 'LR side from which it works in tiles; 0: never'] = 256
+    features: Annotated[bool, Truth(), "each group learns what the teacher's does, too (l_features)"] = False
+    features_weight: Annotated[float, Weight, 'factor of the normalised squared error of the groups'] = 1.0
+
+    @classmethod
+    def together(cls, values, where):
+        if not values['loss_weight'] and not (values['features'] and values['features_weight']):
+            raise UserError(f'{where} teaches nothing: loss_weight is 0 and features are not learned.')
+        if 0 < values['tile'] <= DEFAULT_OVERLAP:
+            raise UserError(f'{where} → tile {values["tile"]} must be larger than the overlap of {DEFAULT_OVERLAP}.')
+
+
 class OpenTrain(Section, extra='allow'):
     total_iter: Annotated[int, Step, 'iterations in all']
     warmup_iter: Annotated[int, Whole(-1, ITERATIONS), 'the learning rate rises linearly for so long; -1: no'] = -1
@@ -434,6 +454,7 @@ class Train(OpenTrain, extra='forbid'):
     pixel_opt: Annotated[dict | None, Typed(LOSSES, _other_loss), 'loss on pixels: type and settings'] = None
     perceptual_opt: Annotated[dict | None, Typed(PERCEPTUAL_LOSSES, _other_loss), 'loss on features'] = None
     auxiliary_weights: Annotated[dict | None, Each(Weight), "factors of the network's own losses, by name"] = None
+    teacher: Annotated[dict | None, Nested(Teacher), 'distillation: weights, loss_weight, cache, features'] = None
     flat_opt: Annotated[dict | None, Nested(FlatPictures), 'one-colour pictures in every step; {}: as by default'] = (
         None
     )

@@ -63,6 +63,8 @@ def train_pipeline(opt: dict, opt_path: str | Path, opt_text: str | None = None)
         if resume_state is not None:
             model.resume_training(resume_state)
             run.resume(resume_state)
+        if hasattr(model, 'prepare_data'):  # other packages' models have nothing to prepare
+            model.prepare_data(batches.dataset)
         _start_wandb(opt)
         _make_folders(opt, resume_state is not None, opt_path, text, log)
         run.tb_logger = _tensorboard(opt)

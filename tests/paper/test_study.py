@@ -174,6 +174,11 @@ def test_table_by_hand():
         ('train:warmup_iters', 3, "train: unknown option 'warmup_iters' (did you mean warmup_iter?)"),
         ('train:ema_decay', 2, 'train → ema_decay must be a number of at least 0 and below 1, not 2'),
         ('train:total_iter', 0, 'train → total_iter must be a whole number'),
+        (
+            'train:teacher',
+            {'weights': 'x.pth', 'cache': 'y'},
+            'teacher → cache: a study keeps no answers; leave it out',
+        ),
     ],
     ids=str,
 )

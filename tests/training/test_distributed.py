@@ -20,9 +20,11 @@ from tiny_training import (
     write_pairs,
 )
 
+from ppsr.archs import PPATDLight
 from ppsr.errors import UserError
 from ppsr.training import checkpoints
 from ppsr.training.distributed import init_dist
+from ppsr.weights import save_checkpoint
 
 FOUR = dict(datasets__train__batch_size_per_gpu=4, datasets__train__dataset_enlarge_ratio=4)
 TWO = dict(datasets__train__batch_size_per_gpu=2, datasets__train__dataset_enlarge_ratio=4)
@@ -154,16 +156,23 @@ def test_validation_is_split_and_its_means_are_the_same(data, tmp_path):
 
 
 def test_stopped_and_resumed_bit_for_bit(data, tmp_path):
-    """SIGTERM reaches only one process; both stop after the same iteration, and go on as if nothing had been."""
+    """SIGTERM reaches only one process; both stop after the same iteration, and go on as if nothing had been.
+
+    With a teacher, whose answers each process has made a part of, and its features."""
     folders = [tmp_path / name for name in ('through', 'stopped')]
+    opt = options(data, **TWO, train__total_iter=8)
+    net = PPATDLight(**{name: value for name, value in opt['network_g'].items() if name != 'type'})
+    save_checkpoint(tmp_path / 'teacher.safetensors', net.state_dict(), opt['network_g'])
+    opt['train']['teacher'] = {'weights': str(tmp_path / 'teacher.safetensors'), 'features': True, 'cache': 'answers'}
     for folder in folders:
-        write_options(folder, options(data, **TWO, train__total_iter=8))
+        write_options(folder, opt)
     wait(pair_of_processes(folders[0]))
     processes = pair_of_processes(folders[1], prepare=_second_process_is_told_to_stop)
     wait(processes, 128 + signal.SIGTERM)
     assert 'after iteration 3' in processes[0].text
     wait(pair_of_processes(folders[1], '--auto_resume'))
     assert_same_weights(folders[1], folders[0])
+    assert len(list(folders[0].glob('answers/teacher_*/*.npy'))) == 7
 
 
 def _second_process_is_told_to_stop():

@@ -15,9 +15,11 @@ import pytest
 import torch
 from tiny_training import Training, assert_same_weights, options, write_options, write_pairs
 
+from ppsr.archs import PPATDLight
 from ppsr.errors import UserError
 from ppsr.training import checkpoints
 from ppsr.training.stopping import StopSignals
+from ppsr.weights import save_checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -154,6 +156,10 @@ def test_everything_that_is_drawn_goes_on_bit_for_bit(data, tmp_path):
     opt['train']['flat_opt'] = {'sides': [8, 16], 'pixels': 256}
     opt['network_g'] |= {'pp_mask': 'variance', 'pp_scope': ['category', 'window']}
     opt['train'] |= {'pp_probability': 0.7, 'pp_paper_probability': 0.3, 'pp_threshold_range': [0.05, 0.5]}
+    network = opt['network_g']
+    net = PPATDLight(**{name: value for name, value in network.items() if name != 'type'})
+    save_checkpoint(tmp_path / 'teacher.safetensors', net.state_dict(), network)
+    opt['train']['teacher'] = {'weights': str(tmp_path / 'teacher.safetensors'), 'features': True, 'cache': 'cache'}
     folders = tmp_path / 'whole', tmp_path / 'stopped'
     for folder in folders:
         write_options(folder, opt)
