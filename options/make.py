@@ -9,8 +9,9 @@ written by hand.
 
 from pathlib import Path
 from string import Template
+from typing import NamedTuple
 
-from ppsr.archs import ATDLight, CAMixerATDLight, PPATDLight
+from ppsr.archs import ATDLight, ATDLightV2, CAMixerATDLight, PPATDLight, PPATDLightV2
 
 SCALES = (2, 3, 4)
 BENCHMARKS = ('Set5', 'Set14', 'BSD100', 'Urban100', 'Manga109')
@@ -34,11 +35,51 @@ CAMIXER_LOSS = """\
   auxiliary_weights:
     ratio: 0.1  # of (share of attended windows - camixer_ratio)^2, mean over the layers
 """
-# file name -> arch, its own settings, its own lines under train; the backbone's settings are those of ATD-light
+
+
+class Backbone(NamedTuple):
+    """A published network: its settings and its schedules, those of x2 from scratch and of x3, x4 from x2."""
+
+    title: str
+    num_heads: str
+    num_tokens: int
+    reducted_dim: int
+    further: str  # settings that others have not
+    batch: int
+    amp: str
+    milestones: str
+    milestones_from_x2: str
+
+
+FIRST = Backbone(
+    title='ATD-light',
+    num_heads='[4, 4, 4, 4]',
+    num_tokens=64,
+    reducted_dim=8,
+    further='',
+    batch=32,
+    amp='~  # bf16 | fp16: autocast of the network, losses and weights stay float32',
+    milestones='[250000, 400000, 450000, 475000, 490000]',
+    milestones_from_x2='[150000, 200000, 225000, 240000]',
+)
+SECOND = Backbone(
+    title='ATD-light v2',
+    num_heads='[3, 3, 3, 3]',
+    num_tokens=128,
+    reducted_dim=12,
+    further='  dim_ffn_td: 4  # channels that tell the feed-forward network of the category of a token\n',
+    batch=64,
+    amp='fp16  # autocast of the network, losses and weights stay float32; on a CPU: bf16 or ~',
+    milestones='[250000, 400000, 450000, 480000]',
+    milestones_from_x2='[125000, 200000, 225000, 240000]',
+)
+# file name -> arch, backbone, its own settings, its own lines under train
 NETWORKS = {
-    'pp_atd_light': (PPATDLight, PURE_PASS, ''),
-    'atd_light': (ATDLight, '', ''),
-    'camixer_atd_light': (CAMixerATDLight, CAMIXER, CAMIXER_LOSS),
+    'pp_atd_light': (PPATDLight, FIRST, PURE_PASS, ''),
+    'atd_light': (ATDLight, FIRST, '', ''),
+    'camixer_atd_light': (CAMixerATDLight, FIRST, CAMIXER, CAMIXER_LOSS),
+    'pp_atd_light_v2': (PPATDLightV2, SECOND, PURE_PASS, ''),
+    'atd_light_v2': (ATDLightV2, SECOND, '', ''),
 }
 
 # the schedules published for ATD-light: x2 from scratch, x3 and x4 from the x2 weights
@@ -47,7 +88,6 @@ FROM_SCRATCH = {
     'weights': '~',
     'strict': 'true',
     'lr': '5.0e-4',
-    'milestones': '[250000, 400000, 450000, 475000, 490000]',
     'total_iter': '500000',
     'warmup_iter': '20000',
 }
@@ -56,13 +96,12 @@ FROM_X2 = {
     'weights': 'experiments/${name}_x2/models/net_g_latest.pth',
     'strict': 'false  # the upsampler of x2 has another shape and starts anew',
     'lr': '2.0e-4',
-    'milestones': '[150000, 200000, 225000, 240000]',
     'total_iter': '250000',
     'warmup_iter': '10000',
 }
 
 NETWORK = """\
-# network structure (defaults: ATD-light as published)
+# network structure (defaults: ${title} as published)
 network_g:
   type: ${arch}
   upscale: ${scale}
@@ -70,12 +109,12 @@ network_g:
   img_size: 64
   embed_dim: 48
   depths: [6, 6, 6, 6]
-  num_heads: [4, 4, 4, 4]
+  num_heads: ${num_heads}
   window_size: 16
   category_size: 128
-  num_tokens: 64
-  reducted_dim: 8
-  convffn_kernel_size: 7
+  num_tokens: ${num_tokens}
+  reducted_dim: ${reducted_dim}
+${further}  convffn_kernel_size: 7
   img_range: 1.
   mlp_ratio: 1
   upsampler: pixelshuffledirect
@@ -85,7 +124,7 @@ ${own}"""
 
 TRAIN = (
     """\
-# ${arch} x${scale}, trained on DIV2K ${start}, the schedule published for ATD-light.
+# ${arch} x${scale}, trained on DIV2K ${start}, the schedule published for ${title}.
 # Data: ppsr prepare, see datasets/README.md. Run: ppsr train -opt options/${name}_x${scale}.yml
 
 name: ${name}_x${scale}
@@ -111,7 +150,7 @@ datasets:
     synthetic_graphics: 0.12  # share of batches made of drawings, so that pure colours stay pure; published: 0
 
     num_worker_per_gpu: 8
-    batch_size_per_gpu: 32  # 32 in all: 8 on each of 4 GPUs, 4 on each of 8
+    batch_size_per_gpu: ${batch}  # ${batch} in all: ${batch_on_4} on each of 4 GPUs, ${batch_on_8} on each of 8
     dataset_enlarge_ratio: 1
     prefetch_mode: ~
     pin_memory: true
@@ -156,7 +195,7 @@ train:
   total_iter: ${total_iter}
   warmup_iter: ${warmup_iter}
   grad_clip_norm: ~  # scale the gradient down to this norm, e.g. 1.0
-  amp: ~  # bf16 | fp16: autocast of the network, losses and weights stay float32
+  amp: ${amp}
   max_nonfinite: 10  # steps with NaN or Inf are skipped and noted in nonfinite.jsonl; so many end the training
 
   pixel_opt:
@@ -250,11 +289,12 @@ def fill(text: str, **values) -> str:
 def files() -> dict[str, str]:
     """Every file by its path in this folder, and what it holds."""
     made = {}
-    for name, (arch, own, own_train) in NETWORKS.items():
+    for name, (arch, backbone, own, own_train) in NETWORKS.items():
         for scale in SCALES:
             values = {'name': name, 'arch': arch.__name__, 'scale': scale, 'own': own, 'own_train': own_train}
-            schedule = FROM_SCRATCH if scale == 2 else FROM_X2
-            made[f'{name}_x{scale}.yml'] = fill(TRAIN, gt_size=64 * scale, **values, **schedule)
+            values |= backbone._asdict() | {f'batch_on_{n}': backbone.batch // n for n in (4, 8)}
+            schedule = FROM_SCRATCH if scale == 2 else FROM_X2 | {'milestones': backbone.milestones_from_x2}
+            made[f'{name}_x{scale}.yml'] = fill(TRAIN, gt_size=64 * scale, **values | schedule)
             benchmarks = ''.join(
                 fill(BENCHMARK, number=number, dataset=dataset, scale=scale)
                 for number, dataset in enumerate(BENCHMARKS, 1)

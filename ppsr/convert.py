@@ -23,7 +23,7 @@ def convert(
     """Convert a weight file, after the network has been built and has taken the weights.
 
     Args:
-        source: .pth (BasicSR's, ours or a published ATD-light's) or .safetensors.
+        source: .pth (BasicSR's, ours or a published ATD-light's, of either version) or .safetensors.
         target: .safetensors, or .pth (which cannot carry a configuration).
         arch: recorded type of the network; None = what the file says, else what its weights look like.
         category_size: recorded; a .pth does not say it, and nothing in its weights shows it. None = what the file

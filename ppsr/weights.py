@@ -21,7 +21,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ppsr.archs.build import as_arch, build_network, config_from, dense_variant, derived_buffers
+from ppsr.archs.build import as_arch, build_network, config_from, dense_variant, derived_buffers, relatives
 from ppsr.archs.masked import as_masked
 from ppsr.atomic import atomic_path
 from ppsr.device import torch_defaults
@@ -250,13 +250,37 @@ def require_fit(net: nn.Module, checkpoint: Checkpoint) -> None:
                 f'{checkpoint.path}: has no stand-in for window attention, which pp_scope exempts; fit one to it with '
                 'ppsr calibrate, take a file that has one, or set pp_window_compensation: value.'
             )
-        contract = as_masked(net)
-        if contract is not None and checkpoint.scale not in (None, contract.upscale):
-            raise UserError(
-                f'{checkpoint.path}: weights for ×{checkpoint.scale}, but the network is ×{contract.upscale}; name a '
-                'checkpoint of that scale (or set strict_load_g: false to fine-tune from it).'
-            )
-        raise UserError(f'{checkpoint.path}: does not fit {type(net).__name__}: {_some(problems, "; ")}.')
+        reason = _other_network(net, checkpoint) or f'does not fit {type(net).__name__}: {_some(problems, "; ")}'
+        raise UserError(f'{checkpoint.path}: {reason}.')
+
+
+def _other_network(net: nn.Module, checkpoint: Checkpoint) -> str | None:
+    """Which network of ours weights are from that are not this one's, and what to set for them; None if it is none of
+    ours, or nothing but this one, damaged."""
+    contract = as_masked(net)
+    if contract is None:
+        return None
+    own_type = type(contract).__name__
+    try:
+        found = guess_config(checkpoint.state_dict)
+    except UserError:
+        found = {'type': own_type, 'upscale': checkpoint.scale or contract.upscale}
+    kin = relatives(found['type'])
+    if own_type not in kin:
+        masked = contract.dense_arch is not None
+        wanted = next((k for k in kin if (ARCH_REGISTRY.get(k).dense_arch is not None) == masked), found['type'])
+        return f'weights of {found["type"]}, but the network is {own_type}; set type: {wanted}, or name other weights'
+    own = type(contract).config_from(contract.state_dict()) or {}
+    other = {k: v for k, v in found.items() if not k.startswith('pp_') and k != 'type' and own.get(k, v) != v}
+    if other.keys() == {'upscale'} or (not own and found['upscale'] != contract.upscale):
+        return (
+            f'weights for ×{found["upscale"]}, but the network is ×{contract.upscale}; name a checkpoint of that scale '
+            '(or set strict_load_g: false to fine-tune from it)'
+        )
+    if not other:
+        return None
+    differences = ', '.join(f'{name}: {show(value)} (not {show(own[name])})' for name, value in other.items())
+    return f'weights of a {own_type} of other sizes; set {differences}, or name other weights'
 
 
 def compare(net: nn.Module, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:

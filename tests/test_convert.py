@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from ppsr.archs import ATDLight, PPATDLight
+from ppsr.archs import ATDLight, ATDLightV2, PPATDLight, PPATDLightV2
 from ppsr.cli import main
 from ppsr.convert import convert
 from ppsr.errors import UserError
@@ -54,6 +54,21 @@ def test_the_converted_network_computes_the_same(tmp_path, plain, tiny):
     lq = torch.rand(1, 3, 9, 10)
     with torch.inference_mode():
         assert torch.equal(load_model(tmp_path / 'new.safetensors')(lq), net(lq))
+
+
+def test_the_versions_are_told_apart_by_their_keys(tmp_path, tiny, capsys):
+    source, target = tmp_path / 'v2.pth', tmp_path / 'v2.safetensors'
+    state = ATDLightV2(**tiny, dim_ffn_td=3).state_dict()
+    torch.save({'params': state}, source)
+    assert main(['convert', '-i', str(source), '-o', str(target), '--category-size', '16']) == 0
+    said = capsys.readouterr().out
+    assert 'type: ATDLightV2' in said and 'dim_ffn_td: 3' in said
+    assert type(load_model(target)) is ATDLightV2 and same(load_model(target).state_dict(), state)
+    assert type(load_model(target, arch='PPATDLightV2')) is PPATDLightV2
+    assert main(['convert', '-i', str(source), '-o', str(tmp_path / 'x.pth'), '--arch', 'PPATDLight']) == 2
+    said = capsys.readouterr().err
+    assert 'weights of ATDLightV2 do not run as PPATDLight, but as ATDLightV2 or PPATDLightV2' in said
+    assert not (tmp_path / 'x.pth').exists()
 
 
 def test_key_and_facts(tmp_path, plain, tiny):

@@ -17,6 +17,7 @@ from support import REPOSITORY, TINY
 
 from ppsr import weights
 from ppsr.archs import ATDLight, PPATDLight
+from ppsr.archs.build import build_network
 from ppsr.convert import convert
 from ppsr.errors import UserError
 from ppsr.weights import (
@@ -196,6 +197,42 @@ def test_another_scale_is_named(tmp_path, net, tiny):
     left_out = load_into(other, checkpoint, strict=False)
     assert len(left_out) == 2 and all('upsample.0' in line for line in left_out)
     assert torch.equal(other.conv_first.weight, net.conv_first.weight)
+
+
+@pytest.mark.parametrize(
+    'weights, network, words',
+    [
+        ('ATDLight', 'ATDLightV2', 'weights of ATDLight, but the network is ATDLightV2; set type: ATDLight, or'),
+        ('ATDLight', 'PPATDLightV2', 'weights of ATDLight, but the network is PPATDLightV2; set type: PPATDLight, or'),
+        ('PPATDLightV2', 'PPATDLight', 'weights of ATDLightV2, but the network is PPATDLight; set type: PPATDLightV2'),
+        ('ATDLightV2', 'ATDLight', 'weights of ATDLightV2, but the network is ATDLight; set type: ATDLightV2, or'),
+        ('ATDLight', 'CAMixerATDLight', 'weights of ATDLight, but the network is CAMixerATDLight'),
+        (
+            'ATDLightV2',
+            'PPATDLightV2 of other sizes',
+            'set num_heads: [2, 2] (not [4, 4]), dim_ffn_td: 4 (not 5), or name other weights',
+        ),
+    ],
+)
+def test_weights_of_another_network_are_named_and_what_to_set(tmp_path, tiny, weights, network, words):
+    kind, *other = network.split(' ', 1)
+    path = tmp_path / 'x.pth'
+    save_checkpoint(path, build_network({'type': weights, **tiny}).state_dict())
+    settings = tiny | ({'num_heads': [4, 4], 'dim_ffn_td': 5} if other else {})
+    with pytest.raises(UserError) as e:
+        load_into(build_network({'type': kind, **settings}), read_checkpoint(path))
+    assert words in str(e.value) and str(e.value).startswith(f'{path}: weights of') and str(e.value).count('. ') == 0
+
+
+@pytest.mark.parametrize('weights, arch', [('ATDLight', 'PPATDLightV2'), ('PPATDLightV2', 'ATDLight')])
+def test_an_arch_of_other_weights_is_refused(tmp_path, tiny, weights, arch):
+    state, config = build_network({'type': weights, **tiny}).state_dict(), {'type': weights, **tiny}
+    save_checkpoint(tmp_path / 'x.pth', state)
+    save_checkpoint(tmp_path / 'x.safetensors', state, config)
+    kin = 'ATDLightV2 or PPATDLightV2' if weights == 'PPATDLightV2' else 'ATDLight or PPATDLight'
+    for name in ('x.pth', 'x.safetensors'):
+        with pytest.raises(UserError, match=f'do not run as {arch}, but as {kin}'):
+            load_model(tmp_path / name, arch=arch)
 
 
 def test_a_mismatch_names_the_keys(net, tiny):

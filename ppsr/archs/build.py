@@ -25,6 +25,7 @@ __all__ = [
     'dense_variant',
     'derived_buffers',
     'network_arguments',
+    'relatives',
     'title_of',
 ]
 
@@ -112,12 +113,22 @@ def as_arch(network: Mapping, arch: str | None, where: str = 'network_g') -> dic
     those that it takes; None changes nothing.
 
     Raises:
-        UserError: the arch is not registered.
+        UserError: the arch is not registered, or is one of ours that has other weights.
     """
+    kin = relatives(network.get('type'))
+    if arch is not None and kin and relatives(arch) and arch not in kin:
+        raise UserError(f'{where}: weights of {network["type"]} do not run as {arch}, but as {" or ".join(kin)}.')
     network = dict(network) if arch is None else {**network, 'type': arch}
     check_network({'type': network.get('type')}, where)
     takes = network_arguments(registered(ARCH_REGISTRY, network['type']))
     return {name: value for name, value in network.items() if name in takes or not name.startswith('pp_')}
+
+
+def relatives(arch: str | None) -> list[str]:
+    """The networks of ours that have the same weights as one of them, itself included; of others none."""
+    ours = {name: cls for name, cls in ARCH_REGISTRY if cls.__module__.startswith('ppsr.')}
+    dense = {name: getattr(cls, 'dense_arch', None) or name for name, cls in ours.items()}
+    return [name for name in ours if arch in ours and dense[name] == dense[arch]]
 
 
 def dense_variant(network: Mapping) -> dict:

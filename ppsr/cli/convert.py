@@ -8,7 +8,7 @@ from ppsr.cli.numbers import Number
 def configure(parser) -> None:
     parser.add_argument('-i', '--input', required=True, metavar='FILE', help='weights: .pth or .safetensors')
     parser.add_argument('-o', '--output', required=True, metavar='FILE', help='.safetensors or .pth')
-    parser.add_argument('--arch', help='record this arch (default: as the file says, else ATDLight)')
+    parser.add_argument('--arch', help='record this arch (default: as the file says, else what its keys are of)')
     parser.add_argument(
         '--category-size', type=Number(1, 2**16), metavar='N', help='where the file does not say (default: 128)'
     )

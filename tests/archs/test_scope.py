@@ -10,7 +10,7 @@ from flop_counter import flop_counter
 from PIL import Image
 from support import TINY
 
-from ppsr.archs import ATDLight, PPATDLight
+from ppsr.archs import ATDLight, ATDLightV2, PPATDLight, PPATDLightV2
 from ppsr.archs.build import build_network, config_from
 from ppsr.archs.window_compensation import WINDOW_COMPENSATIONS, mean5
 from ppsr.cli import main
@@ -22,8 +22,8 @@ BOTH = ['category', 'window']
 EACH = pytest.mark.parametrize('compensation', WINDOW_COMPENSATIONS)
 
 
-def network(compensation='linear', scope=BOTH, **changes):
-    return PPATDLight(**TINY | changes, pp_scope=scope, pp_window_compensation=compensation)
+def network(compensation='linear', scope=BOTH, arch=PPATDLight, **changes):
+    return arch(**TINY | changes, pp_scope=scope, pp_window_compensation=compensation)
 
 
 def batch(h=21, w=27):
@@ -78,10 +78,11 @@ def test_pure_tokens_get_it_before_the_projection(compensation):
     torch.testing.assert_close(got[~pure], dense[~pure])  # they see pure tokens as keys and values, as ever
 
 
+@pytest.mark.parametrize('masked, dense', [(PPATDLight, ATDLight), (PPATDLightV2, ATDLightV2)])
 @EACH
-def test_nothing_pure_is_the_dense_network_bit_for_bit(compensation):
+def test_nothing_pure_is_the_dense_network_bit_for_bit(compensation, masked, dense):
     lq = torch.rand(2, 3, 16, 24)
-    net, dense = network(compensation).eval(), ATDLight(**TINY).eval()
+    net, dense = network(compensation, arch=masked).eval(), dense(**TINY).eval()
     dense.load_state_dict(net.state_dict())
     with torch.no_grad():
         output, mask = net(lq, return_mask=True)
@@ -99,10 +100,13 @@ def test_backends_agree(backend):
     torch.testing.assert_close(output.double(), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize('arch', [PPATDLight, PPATDLightV2])
 @pytest.mark.parametrize('scope', [BOTH, ['window'], ['category']], ids='-'.join)
 @EACH
-def test_macs_agree_with_the_flop_counter(compensation, scope):
-    net, lq = network(compensation, scope).eval(), batch(21, 30)
+def test_macs_agree_with_the_flop_counter(compensation, scope, arch):
+    net, lq = network(compensation, scope, arch).eval(), batch(21, 30)
+    with torch.no_grad():
+        net(lq)  # what follows from the weights alone is no part of the price of an image
     with torch.no_grad(), flop_counter() as counter:
         _, mask = net(lq, return_mask=True)
     macs, dense = net.macs(21, 30, mask), net.macs(21, 30)

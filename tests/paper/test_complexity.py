@@ -10,7 +10,7 @@ from flop_counter import flop_counter
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ppsr.archs import ATDLight, CAMixerATDLight, PPATDLight
+from ppsr.archs import ATDLight, ATDLightV2, CAMixerATDLight, PPATDLight, PPATDLightV2
 from ppsr.cli import main
 from ppsr.errors import UserError
 from ppsr.ops.category_attention import COMPENSATIONS
@@ -21,7 +21,10 @@ SIZES = [(21, 27), (8, 8), (1, 40)]
 
 def executed(net, x):
     """Multiply-adds that torch counts in a forward pass, and the mask used. The counter knows no fused attention of
-    the CPU, so torch's own attention (CAMixer) runs as two matrix products."""
+    the CPU, so torch's own attention (CAMixer) runs as two matrix products. What follows from the weights alone is
+    computed in a pass before."""
+    with torch.no_grad():
+        net.eval()(x)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), flop_counter() as counter:
         _, mask = net.eval()(x, return_mask=True)
     return counter.get_total_flops() / 2, mask
@@ -34,18 +37,20 @@ def half_flat(height, width):
     return x
 
 
+@pytest.mark.parametrize('arch', [ATDLight, ATDLightV2])
 @pytest.mark.parametrize('size', SIZES, ids=str)
-def test_dense_agrees_with_the_counter(tiny, size):
-    net = ATDLight(**tiny)
+def test_dense_agrees_with_the_counter(tiny, size, arch):
+    net = arch(**tiny)
     counted, mask = executed(net, torch.rand(2, 3, *size))
     assert mask is None
     assert 2 * sum(net.macs(*size).values()) == counted
 
 
+@pytest.mark.parametrize('arch', [PPATDLight, PPATDLightV2])
 @pytest.mark.parametrize('compensation', COMPENSATIONS)
 @pytest.mark.parametrize('size', SIZES, ids=str)
-def test_masked_agrees_with_the_counter(tiny, compensation, size):
-    net = PPATDLight(**tiny, pp_compensation=compensation)
+def test_masked_agrees_with_the_counter(tiny, compensation, size, arch):
+    net = arch(**tiny, pp_compensation=compensation)
     counted, mask = executed(net, half_flat(*size))
     assert mask.any() and not mask.all()
     macs = net.macs(*size, mask)
@@ -53,9 +58,10 @@ def test_masked_agrees_with_the_counter(tiny, compensation, size):
     assert macs['category'] < 2 * net.macs(*size)['category']
 
 
+@pytest.mark.parametrize('arch', [PPATDLight, PPATDLightV2])
 @pytest.mark.parametrize('compensation', COMPENSATIONS)
-def test_all_pure_agrees_with_the_counter(tiny, compensation):
-    net = PPATDLight(**tiny, pp_compensation=compensation)
+def test_all_pure_agrees_with_the_counter(tiny, compensation, arch):
+    net = arch(**tiny, pp_compensation=compensation)
     counted, mask = executed(net, torch.full((1, 3, 10, 10), 0.5))
     assert mask.all()
     macs = net.macs(10, 10, mask)
@@ -85,6 +91,18 @@ def test_published_network_per_token_and_at_the_protocol():
     assert macs['dictionary'] == 24 * tokens * 3968 + refinement + per_entry
     assert complexity.static_size(4) == (180, 320)
     assert round(sum(macs.values()) / 1e9, 2) == 98.96
+
+
+def test_the_second_version_per_token():
+    """As above, for the network of 2026."""
+    tokens = 320 * 192
+    macs = ATDLightV2().macs(180, 320)
+    assert macs['qkv'] == 24 * tokens * 6912
+    assert macs['window'] == 24 * tokens * (24576 + 2304)
+    assert macs['category'] == 24 * tokens * (12288 + 2304)
+    assert macs['dictionary'] == 24 * tokens * (48 * 12 + 12 * 128 + 128 * 48)
+    assert macs['ffn'] == 24 * tokens * (48 * 48 + 49 * 52 + 52 * 48)
+    assert round(sum(macs.values()) / 1e9, 2) == 102.08
 
 
 def test_mask_without_a_forward_pass_is_the_one_used(tiny):

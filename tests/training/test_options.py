@@ -54,17 +54,33 @@ def test_the_docs_are_what_the_schema_says():
 
 
 def test_published_schedule_is_in_the_options():
-    for name in ('pp_atd_light', 'atd_light'):
+    published = {  # milestones at ×2 and ×4, batch, autocast
+        'atd_light': (
+            [250_000, 400_000, 450_000, 475_000, 490_000],
+            [150_000, 200_000, 225_000, 240_000],
+            32,
+            None,
+        ),
+        'atd_light_v2': (
+            [250_000, 400_000, 450_000, 480_000],
+            [125_000, 200_000, 225_000, 240_000],
+            64,
+            'fp16',
+        ),
+    }
+    for name in ('pp_atd_light', 'atd_light', 'pp_atd_light_v2', 'atd_light_v2'):
+        at_x2, at_x4, batch, amp = published[name.removeprefix('pp_')]
         x2, x4 = (load_options(REPOSITORY / f'options/{name}_x{s}.yml', True) for s in (2, 4))
         assert (x2['train']['total_iter'], x4['train']['total_iter']) == (500_000, 250_000)
-        assert x2['train']['scheduler']['milestones'] == [250_000, 400_000, 450_000, 475_000, 490_000]
-        assert x4['train']['scheduler']['milestones'] == [150_000, 200_000, 225_000, 240_000]
+        assert x2['train']['scheduler']['milestones'] == at_x2
+        assert x4['train']['scheduler']['milestones'] == at_x4
+        assert x2['train']['amp'] == x4['train']['amp'] == amp
         assert (x2['train']['warmup_iter'], x4['train']['warmup_iter']) == (20_000, 10_000)
         assert (x2['train']['optim_g']['lr'], x4['train']['optim_g']['lr']) == (5e-4, 2e-4)
         assert x4['path']['pretrain_network_g'] == f'experiments/{name}_x2/models/net_g_latest.pth'
         for scale, opt in ((2, x2), (4, x4)):
             train = opt['datasets']['train']
-            assert (train['gt_size'], train['batch_size_per_gpu']) == (64 * scale, 32)
+            assert (train['gt_size'], train['batch_size_per_gpu']) == (64 * scale, batch)
             optimizer = {'type': 'AdamW', 'weight_decay': 0, 'betas': [0.9, 0.9]}
             assert opt['train']['optim_g'].items() >= optimizer.items()
             assert opt['train']['ema_decay'] == 0.999
