@@ -16,7 +16,10 @@ from ppsr.archs.build import build_network, config_from
 from ppsr.archs.masked import PurePassOptions, as_masked
 from ppsr.cli import main
 from ppsr.errors import UserError
+from ppsr.images import decode_rgb, to_tensor
 from ppsr.masks import PixelMask, build_mask, register_mask
+from ppsr.training import test as testing
+from ppsr.training.options import load_options
 from ppsr.weights import save_checkpoint
 
 
@@ -67,6 +70,10 @@ def registered(monkeypatch):
     del ARCH_REGISTRY._obj_map['ToyNet']
 
 
+def _pure_share(net, path):
+    return net.mask_of(to_tensor(decode_rgb(path))).float().mean().item()
+
+
 @pytest.fixture
 def picture(tmp_path):
     pixels = np.zeros((9, 13, 3), np.uint8)
@@ -81,17 +88,37 @@ def test_train_and_test(tmp_path, monkeypatch, registered):
     opt = options(tmp_path, network_g=registered, train__total_iter=4, val__val_freq=4)
     write_options(tmp_path, opt)
     assert main(['train', '-opt', 'options.yml']) == 0
-    log = next((tmp_path / 'experiments' / 'run').glob('train*.log')).read_text()
-    assert 'ToyNet' in log and 'pure_percent' in log and 'gmacs_saved_percent' in log
+    (log,) = (tmp_path / 'experiments' / 'run').glob('train*.log')
+    text = log.read_text()
+    assert 'ToyNet' in text and 'pure_percent' in text and 'gmacs_saved_percent' in text
+
+    trained = 'experiments/run/models/net_g_latest.pth'
+    forced = ['datasets:train=~', f'path:pretrain_network_g={trained}', 'val:save_img=true']
+    assert main(['test', '-opt', 'options.yml', '--force_yml', *forced]) == 0
+    (log,) = (tmp_path / 'results' / 'run').glob('test*.log')
+    assert 'ToyNet' in log.read_text() and 'pure_percent' in log.read_text()
+    assert len(list((tmp_path / 'results').rglob('*.png'))) == 2
+
+    opt['path']['pretrain_network_g'], opt['name'] = trained, 'again'
+    del opt['datasets']['train']
+    write_options(tmp_path, opt)
+    (means,) = testing.test_pipeline(load_options(tmp_path / 'options.yml', is_train=False)).values()
+    net = build_network(registered)
+    share = np.mean([_pure_share(net, path) for path in sorted((tmp_path / 'lr').glob('*.png'))])
+    assert 0 < means['pure_percent'] < 100 and means['pure_percent'] == pytest.approx(100 * share)
 
 
 def test_upscale_and_overlay(tmp_path, picture, registered):
     net = build_network(registered)
-    save_checkpoint(tmp_path / 'toy.safetensors', net.state_dict())
+    save_checkpoint(tmp_path / 'toy.safetensors', net.state_dict(), registered | {'pp_mask': 'toy_bright'})
     out = tmp_path / 'out'
     command = ['upscale', '-i', str(picture), '-o', str(out), '--model-path', str(tmp_path / 'toy.safetensors')]
     assert main([*command, '--arch', 'ToyNet', '--device', 'cpu', '--save-mask']) == 0
     assert Image.open(out / 'lq_out.png').size == (26, 18)
+    overlay = np.asarray(Image.open(out / 'lq_out_mask.png'))  # the tint of the mask, over the pure pixels alone
+    level = net.pure_pass.level
+    pure = np.asarray(Image.open(picture))[..., 1] / 255 > level
+    assert overlay.shape == (9, 13, 3) and overlay[pure].any(-1).all() and not overlay[~pure].any()
     config = config_from(net.state_dict())
     assert config == {'type': 'ToyNet', 'upscale': 2}
 
