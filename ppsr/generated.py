@@ -6,12 +6,25 @@ that a hand wrote.
     <!-- end tiles -->
 """
 
+import re
 from pathlib import Path
 
 from ppsr.atomic import atomic_path
 from ppsr.errors import UserError
 
-__all__ = ['write_section']
+__all__ = ['section_names', 'write_section']
+
+
+def section_names(path: str | Path) -> list[str]:
+    """The sections of a document, in its order.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return re.findall(r'<!-- begin (\S+) -->', Path(path).read_text(encoding='utf-8'))
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f'{path}: cannot be read ({getattr(e, "strerror", None) or e}).') from e
 
 
 def write_section(path: str | Path, name: str, text: str) -> None:

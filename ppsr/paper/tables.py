@@ -3,6 +3,7 @@
 Never an invented figure: a cell says 'no weights', 'no data' or 'not available' where there is none.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from ppsr.atomic import atomic_path
 from ppsr.data.benchmark import BENCHMARKS, find_images, read_lq
 from ppsr.data.layout import Source
 from ppsr.errors import UserError
+from ppsr.generated import section_names, write_section
 from ppsr.locks import Lock
 from ppsr.paper import complexity, plots, published
 from ppsr.paper.measure import Cache, Method, file_hash, measure
@@ -60,6 +62,8 @@ CHANGES = {
     'zero': {'pp_compensation': 'zero'},
 }
 CONTROLS = {'lowest variance': 'variance', 'random': 'random'}
+
+OWN_SECTION = re.compile(r'(benchmarks|controls|ablations|purity)_x\d+')  # of the README
 
 Records = dict[tuple[str, str], list[dict]]
 
@@ -277,7 +281,8 @@ def make(
 
     Args:
         data: folder with the benchmarks, in any layout that ``ppsr prepare`` knows.
-        output: folder for .md, .csv, .tex, .png and .pdf files and a README.md that shows them.
+        output: folder for .md, .csv, .tex, .png and .pdf files and a README.md that shows them, in
+            sections between which lines of a hand stay.
         cache: file of the records; one run at a time writes into it.
         weights: weight files (:func:`methods_of`).
         scales: of the tables.
@@ -326,7 +331,7 @@ def _make(folder, records_file, data, weights, scales, options, ablate_on, comma
         sections += found
     _write_table(folder, 'cost', cost_table(everything))
     sections.insert(0, ('cost', 'Cost'))
-    _write(folder, 'README.md', _readme(folder, sections, everything, command))
+    _write_readme(folder, sections, everything, command)
     return [name for name, _ in sections]
 
 
@@ -358,8 +363,26 @@ def _pure_pass_plots(folder: Path, scale: int, base: Method, records: Records) -
     return [(f'pure_share_x{scale}.png', ''), (f'saving_share_x{scale}.png', '')]
 
 
-def _readme(folder: Path, sections: list[tuple[str, str]], methods: list[Method], command: str) -> str:
-    lines = ['# Tables', '', f'Made by `{command}` (ppsr {__version__}, torch {torch.__version__}).', '']
+def _write_readme(folder: Path, sections: list[tuple[str, str]], methods: list[Method], command: str) -> None:
+    """The README in sections (:mod:`ppsr.generated`): what a hand wrote between them stays, figures of an older run do
+    not."""
+    path = folder / 'README.md'
+    if not path.exists():
+        _write(folder, path.name, '# Tables\n')
+    texts, table = {'made': _made(methods, command)}, 'made'
+    for name, title in sections:
+        if name.endswith('.png'):
+            texts[table] += f'\n\n![{name[:-4]}]({name})'
+        else:
+            table = name
+            texts[table] = f'## {title}\n\n{(folder / f"{name}.md").read_text(encoding="utf-8").rstrip()}'
+    older = [name for name in section_names(path) if OWN_SECTION.fullmatch(name) and name not in texts]
+    for name, text in {**texts, **dict.fromkeys(older, 'The command above did not make this part.')}.items():
+        write_section(path, name, text)
+
+
+def _made(methods: list[Method], command: str) -> str:
+    lines = [f'Made by `{command}` (ppsr {__version__}, torch {torch.__version__}).', '']
     for path in dict.fromkeys(m.weights for m in methods if m.weights is not None):
         rows = ', '.join(f'{m.label} ×{m.scale}' for m in methods if m.weights == path)
         summary = read_checkpoint(path).facts.get('summary', '')
@@ -367,9 +390,4 @@ def _readme(folder: Path, sections: list[tuple[str, str]], methods: list[Method]
     lines += ['', 'Low-resolution images are made from the HR images by the exact bicubic; PSNR and SSIM on Y, ']
     lines[-1] += 'crop = scale, whole images, 8 bits. Multiply-adds: [docs/flops.md](../flops.md). Each table is '
     lines[-1] += 'also there as `.csv` and `.tex`, each plot as `.pdf`.'
-    for name, title in sections:
-        if name.endswith('.png'):
-            lines += ['', f'![{name[:-4]}]({name})']
-        else:
-            lines += ['', f'## {title}', '', (folder / f'{name}.md').read_text(encoding='utf-8').rstrip()]
-    return '\n'.join(lines) + '\n'
+    return '\n'.join(lines)

@@ -13,6 +13,7 @@ from ppsr.cli import main
 from ppsr.data.benchmark import find_images
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.errors import UserError
+from ppsr.generated import section_names
 from ppsr.locks import Lock
 from ppsr.masks.controls import SCORES, local_variance
 from ppsr.paper import measure, published, tables
@@ -258,10 +259,20 @@ def test_masks_that_see_flatness_have_rows(weights, monkeypatch):
 
 
 def test_without_ablations(data, tmp_path):
+    """And into a README that somebody has written in; what an older run gave there is not left standing."""
     output = tmp_path / 'tables'
+    output.mkdir()
+    older = ''.join(
+        f'<!-- begin {name} -->\nof before\n<!-- end {name} -->\n' for name in ('benchmarks_x3', 'ablations_x3')
+    )
+    (output / 'README.md').write_text(f'# By hand\n\n{older}\nAlso by hand: ×3.\n', encoding='utf-8')
     command = ['tables', '--data', str(data), '--ablations', '--scales', '3', '-o', str(output)]
     assert main([*command, '--cache', str(tmp_path / 'c.jsonl')]) == 0
     assert not list(output.glob('purity*')) and (output / 'benchmarks_x3.md').exists()
+    readme = (output / 'README.md').read_text(encoding='utf-8')
+    assert readme.startswith('# By hand\n\n<!-- begin benchmarks_x3 -->\n## Benchmarks ×3\n')
+    assert '\nAlso by hand: ×3.\n' in readme and 'of before' not in readme
+    assert section_names(output / 'README.md') == ['benchmarks_x3', 'ablations_x3', 'made', 'cost']
 
 
 @pytest.mark.parametrize(
