@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from ppsr.errors import UserError
 from ppsr.weights import list_pretrained, load_model
 
 __all__ = ['COLOURS', 'SIDES', 'flatness']
@@ -64,8 +65,13 @@ def flatness(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('weights', nargs='*', metavar='WEIGHTS', help='names or files (default: all that are shipped)')
-    for name in parser.parse_args().weights or list_pretrained():
-        found = flatness(load_model(name), sides=SIDES)
+    names = parser.parse_args().weights or list(list_pretrained())
+    try:
+        nets = [load_model(name) for name in names]
+    except UserError as e:
+        parser.error(str(e))
+    for name, net in zip(names, nets):
+        found = flatness(net, sides=SIDES)
         rows = [(colour, *off.values()) for colour, off in found.items()]
         rows.append(('worst', *(max(off[side] for off in found.values()) for side in SIDES)))
         print(f'{name}: off by at most, in levels of 8 bits')
