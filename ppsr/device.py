@@ -1,13 +1,14 @@
 """Where and in which precision a network runs: names that users write, checked against what this machine has."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
 
 from ppsr.errors import UserError
 
-__all__ = ['DTYPES', 'no_default_device', 'resolve_device', 'resolve_dtype', 'torch_defaults']
+__all__ = ['DTYPES', 'no_default_device', 'resolve_device', 'resolve_dtype', 'torch_as_it_comes', 'torch_defaults']
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -49,6 +50,52 @@ def no_default_device() -> contextlib.AbstractContextManager:
     if torch.empty(0).device.type == 'cpu':
         return contextlib.nullcontext()
     return torch.device('cpu')
+
+
+class _Exact:
+    """Context in which products of float32 are products of float32 (:func:`torch_as_it_comes`).
+
+    These are settings of the process: they are put back when the last of the threads that are inside leaves.
+    """
+
+    def __init__(self):
+        self._lock, self._inside, self._undo = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside > 1:
+                return
+            backends = torch.backends
+            wanted = [(backends.mkldnn, 'enabled', (True,))]  # other kernels round differently
+            if hasattr(backends.mkldnn, 'conv'):  # torch 2.9
+                owners = backends.mkldnn.matmul, backends.mkldnn.conv, backends.cuda.matmul
+                wanted += [(owner, 'fp32_precision', ('ieee', 'none')) for owner in owners]
+            elif (precision := torch.get_float32_matmul_precision()) != 'highest':
+                self._undo.callback(torch.set_float32_matmul_precision, precision)
+                torch.set_float32_matmul_precision('highest')
+            for owner, name, values in wanted:
+                if (found := getattr(owner, name)) not in values:
+                    self._undo.callback(setattr, owner, name, found)
+                    setattr(owner, name, values[0])
+
+    def __exit__(self, *_) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._undo.close()
+
+
+_exact = _Exact()
+
+
+@contextlib.contextmanager
+def torch_as_it_comes() -> Iterator[None]:
+    """Context in which a network computes what it computes in a process where nothing was set: tensors are made on the
+    CPU, and products of float32 are not rounded to bfloat16 or TF32, whatever the user's program has set in torch
+    (``set_default_device``, ``set_float32_matmul_precision``, ``backends.….fp32_precision``, ``backends.mkldnn``)."""
+    with no_default_device(), _exact:
+        yield
 
 
 @contextlib.contextmanager

@@ -79,7 +79,8 @@ FORCED = [
 
 # left alone by the grammar: what all else depends on, a loss whose weights would be fetched, tiles of a pixel
 HELD = ('datasets', 'network_g', 'model_type', 'scale', 'num_gpu', 'perceptual_opt', 'tile')
-SECONDS = 5  # for a case
+SECONDS = 5  # of computing, for a case
+WAIT = 12 * SECONDS  # by the clock: the machine may have other work
 BYTES = 2**30
 
 
@@ -637,18 +638,22 @@ def quiet() -> None:
 
 @contextlib.contextmanager
 def _limits():
-    """TimeoutError where a case takes more than SECONDS, MemoryError where the process grew by more than BYTES."""
+    """TimeoutError where a case computes for more than SECONDS or hangs, MemoryError where the process grew by more
+    than BYTES."""
 
     def interrupt(number, frame):
-        raise TimeoutError(f'more than {SECONDS} s')
+        raise TimeoutError(f'more than {SECONDS} s' if number == signal.SIGPROF else f'hangs for {WAIT} s')
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    timers = {signal.ITIMER_PROF: (signal.SIGPROF, SECONDS), signal.ITIMER_REAL: (signal.SIGALRM, WAIT)}
+    for timer, (number, seconds) in timers.items():
+        signal.signal(number, interrupt)
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for timer in timers:
+            signal.setitimer(timer, 0)
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     if grown > BYTES:
         raise MemoryError(f'{grown / 2**30:.1f} GiB')

@@ -11,7 +11,7 @@ import os
 import stat
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -38,12 +38,17 @@ HEAD = 2**16  # bytes in which AVIF has its properties
 OWN = {'PNG': png, 'PNM': pnm, 'TIFF': tiff}  # the readers that are not Pillow's
 
 
-def read_picture(source: str | os.PathLike | BinaryIO | bytes, name: str | None = None) -> Picture:
+def read_picture(
+    source: str | os.PathLike | BinaryIO | bytes,
+    name: str | None = None,
+    before: Callable[[Header, str], None] | None = None,
+) -> Picture:
     """Read a picture from a path, a binary stream, or the contents of a file.
 
     Args:
         source: what to read.
         name: how to call it in an error message; by default the path, or 'standard input'.
+        before: called with the header and the name before pixels are decoded; what it raises is raised.
 
     Raises:
         UserError: there is no such file, it is not a picture, is damaged, has no pixels, promises more than is read
@@ -52,6 +57,9 @@ def read_picture(source: str | os.PathLike | BinaryIO | bytes, name: str | None 
     """
     with _opened(source, name) as (file, name), _user_errors(name), _settings():
         form = recognise(file, name)
+        if before is not None:
+            before(_header(file, form, name), name)
+            file.seek(0)
         picture = OWN[form].read(file, name) if form in OWN else None
         return picture or _read_by_pillow(file, form, name)
 
@@ -62,16 +70,19 @@ def read_header(source: str | os.PathLike | BinaryIO | bytes, name: str | None =
     ``.upright`` is the (height, width) of the picture that :func:`read_picture` gives.
     """
     with _opened(source, name, stream=False) as (file, name), _user_errors(name), _settings():
-        form = recognise(file, name)
-        if form in OWN:
-            return OWN[form].header(file, name)
-        with _pillow(file, form, name) as image:
-            bits = 8
-            if form == 'AVIF':
-                bits = deep.avif_bits(_head(file))
-            elif form == 'JPEG2000':
-                bits = deep.jp2_bits(_head(file), name)
-            return Header(*image.size, image.mode.split(';')[0], bits, _orientation(image))
+        return _header(file, recognise(file, name), name)
+
+
+def _header(file: BinaryIO, form: str, name: str) -> Header:
+    if form in OWN:
+        return OWN[form].header(file, name)
+    with _pillow(file, form, name) as image:
+        bits = 8
+        if form == 'AVIF':
+            bits = deep.avif_bits(_head(file))
+        elif form == 'JPEG2000':
+            bits = deep.jp2_bits(_head(file), name)
+        return Header(*image.size, image.mode.split(';')[0], bits, _orientation(image))
 
 
 # ----------------------------------------------------------------------------------------------------------- data sets

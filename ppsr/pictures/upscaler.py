@@ -24,17 +24,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ppsr.archs.masked import as_masked, mask_module
-from ppsr.device import DTYPES, no_default_device, resolve_device, resolve_dtype
+from ppsr.device import DTYPES, resolve_device, resolve_dtype, torch_as_it_comes
 from ppsr.errors import UserError
 from ppsr.images import (
     MODES,
+    Header,
     Picture,
     atomic_file,
     check_format,
     format_of,
     from_pil,
     losses,
-    read_header,
     read_picture,
     to_pil,
     write_picture,
@@ -291,15 +291,15 @@ class Upscaler:
 
     def read(self, source: str | os.PathLike | BinaryIO) -> Picture:
         """Read a picture if the memory allowed is enough for that; UserError otherwise."""
-        if self.max_memory is not None and self.device.type == 'cpu' and not hasattr(source, 'read'):
-            height, width = read_header(source).upright
-            needed = memory.used_memory(self.device) + READ_BYTES * width * height
-            if needed > self.max_memory:
-                allowed = memory.gib(self.max_memory)
-                raise UserError(
-                    f'{source} needs {memory.gib(needed)} of memory to be opened, and {allowed} are allowed.'
-                )
-        return read_picture(source)
+        return read_picture(source, before=self._check_memory)
+
+    def _check_memory(self, header: Header, name: str) -> None:
+        if self.max_memory is None or self.device.type != 'cpu':
+            return
+        needed = memory.used_memory(self.device) + READ_BYTES * header.width * header.height
+        if needed > self.max_memory:
+            allowed = memory.gib(self.max_memory)
+            raise UserError(f'{name} needs {memory.gib(needed)} of memory to be opened, and {allowed} are allowed.')
 
     def _remember(self, stats: Stats, start: float) -> Stats:
         self._last.stats = dataclasses.replace(stats, seconds=time.perf_counter() - start)
@@ -331,7 +331,7 @@ class Upscaler:
         pixels = _check_array(pixels)
         tile = self._choose_tile(pixels, 0)
         colour, _, peak = split_alpha(pixels)
-        with torch.inference_mode(), no_default_device():
+        with torch.inference_mode(), torch_as_it_comes():
             mask = tiled_mask(self._mask_of, self._reader(colour, peak), pixels.shape[:2], tile, self.tile_overlap)
         return mask[0].numpy()
 
@@ -402,7 +402,7 @@ class Upscaler:
     def _run(self, net: nn.Module, lq: Tensor, totals: Totals) -> tuple[Tensor, Tensor | None]:
         """One network call in the precision chosen; a result that is not finite is never handed on."""
         half = self.dtype != torch.float32
-        with torch.inference_mode(), no_default_device():
+        with torch.inference_mode(), torch_as_it_comes():
             with torch.autocast(self.device.type, self.dtype, enabled=half):
                 sr, mask = run_network(net, lq, totals)
             if not torch.isfinite(sr).all() and half:
