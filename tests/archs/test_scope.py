@@ -215,7 +215,7 @@ def test_one_file_serves_every_scope(files):
 
 def test_the_command_line_chooses_mask_and_scope(files, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
-    pixels[:, :24] = 90 + pixels[:, :24] // 64  # nearly flat, within a colour or not
+    pixels[:, :24] = [200, 30, 30] + pixels[:, :24] // 64  # nearly flat, and red
     Image.fromarray(pixels).save(files / 'lq.png')
     command = ['upscale', '-i', str(files / 'lq.png'), '-o', str(files / 'out.png'), '--overwrite', '--device', 'cpu']
     command += ['--model-path', str(files / 'with.safetensors')]
