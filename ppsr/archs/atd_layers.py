@@ -6,6 +6,7 @@ throughout; convolutions see the same memory as channels_last. Parameter names a
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ppsr.archs.masked import AS_PUBLISHED, MaskedNetwork, PurePassSettings, require
-from ppsr.archs.window_compensation import ExemptingLayer, fill_pure
+from ppsr.archs.window_compensation import ExemptingLayer
 from ppsr.ops.category_attention import attention_macs as category_macs
 from ppsr.ops.category_attention import category_attention
 from ppsr.ops.depthwise import depthwise_mix
@@ -64,10 +65,15 @@ class WindowAttention(nn.Module):
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(
-        self, qkv: Tensor, shift: int, *add: Tensor, pure: Tensor | None = None, instead: Tensor | None = None
+        self,
+        qkv: Tensor,
+        shift: int,
+        *add: Tensor,
+        pure: Tensor | None = None,
+        compensate: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> Tensor:
         """qkv (B, H, W, 3C) -> (B, H, W, C), plus what is to be added, up to two maps; tokens that are `pure`
-        (B, H, W) get what :class:`~ppsr.archs.window_compensation.WindowCompensation` found `instead`"""
+        (B, H, W) do not ask, and `compensate` gives them something else before the projection"""
         x = window_attention(
             qkv,
             self.relative_position_bias_table,
@@ -76,7 +82,7 @@ class WindowAttention(nn.Module):
             shift=shift,
             pure=pure,
         )
-        return linear_add(x if pure is None else fill_pure(x, pure, instead), self.proj, *add)
+        return linear_add(compensate(x), self.proj, *add)
 
     def macs(self, images: int, tokens: int, pure: int = 0) -> int:
         """Multiply-adds for images of so many tokens each, of which `pure` of all images do not ask."""
@@ -240,8 +246,8 @@ class AttentionLayer(ExemptingLayer):
         if pure is None:
             x = self.attn_win(qkv, self.shift, x, x_cross)
         else:
-            instead = self.comp(x, self.norm1, qkv, pure)
-            x = self.attn_win(qkv, self.shift, x, x_cross, pure=pure, instead=instead)
+            compensate = partial(self.comp, x=x, norm=self.norm1, qkv=qkv, pure=pure)
+            x = self.attn_win(qkv, self.shift, x, x_cross, pure=pure, compensate=compensate)
         return x, category, similarity
 
     def macs(self, tokens: int, active: list[int]) -> dict[str, int]:
@@ -426,6 +432,7 @@ class ATDNetwork(MaskedNetwork):
         ValueError: a value that is not supported, named.
     """
 
+    scopes = ('category', 'window')
     derived_buffers = (PUBLISHED_BUFFER,)
 
     def __init__(

@@ -103,7 +103,6 @@ class ATDLight(ATDNetwork):
     """
 
     title = 'ATD-light'
-    scopes = ('category', 'window')
 
     def __init__(
         self,

@@ -1,61 +1,33 @@
 """What a pure token gets in place of the attention inside its window, before the projection that follows.
 
 Three kinds, one module each, named by ``pp_window_compensation``; a layer that may exempt tokens from its window
-attention (:class:`ExemptingLayer`) has one as ``comp``. Only 'linear' has parameters. Shapes: map (B, H, W, C), P pure
-tokens in row-major order.
+attention (:class:`ExemptingLayer`) has one as ``comp``. Only 'linear' has parameters.
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['WINDOW_COMPENSATIONS', 'ExemptingLayer', 'WindowCompensation', 'fill_pure', 'mean5']
+from ppsr.ops.stand_in import fill_pure, linear_stand_in, mean5
 
-
-def mean5(x: Tensor) -> Tensor:
-    """Mean of the 5×5 neighbourhood of each token, at the border of what there is of it: (B, H, W, C) -> the same."""
-    mean = F.avg_pool2d(x.permute(0, 3, 1, 2), 5, stride=1, padding=2, count_include_pad=False)
-    return mean.permute(0, 2, 3, 1)
-
-
-def _pure_index(pure: Tensor) -> Tensor:
-    """(B, H, W) bool -> (P,) int64"""
-    return pure.flatten().nonzero().squeeze(1)
+__all__ = ['WINDOW_COMPENSATIONS', 'ExemptingLayer', 'WindowCompensation']
 
 
 class WindowCompensation(nn.Module):
     """'value': a pure token gets its own value vector."""
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm, qkv: Tensor, pure: Tensor) -> Tensor:
-        """What the pure tokens of a map get.
+    def forward(self, out: Tensor, x: Tensor, norm: nn.LayerNorm, qkv: Tensor, pure: Tensor) -> Tensor:
+        """The attention's output with what pure tokens get.
 
         Args:
+            out: (B, H, W, C), the attention's output; without gradients it is written to.
             x: (B, H, W, C), what the layer was given.
             norm: the layer's, in front of its projection to queries, keys and values.
             qkv: (B, H, W, 3C), that projection of norm(x).
             pure: (B, H, W) bool.
-
-        Returns:
-            (P, C), a row for each pure token; under torch.compile, where a number of rows that depends on the data
-            would break the graph, (B, H, W, C), in which the others' rows mean nothing.
         """
-        return self._of_pure(pure, *self.maps(x, norm, qkv))
-
-    def maps(self, x: Tensor, norm: nn.LayerNorm, qkv: Tensor) -> tuple[Tensor, ...]:
-        """The maps of which the pure tokens' rows are taken."""
-        return (qkv[..., 2 * x.shape[-1] :],)
-
-    def rows(self, *maps: Tensor) -> Tensor:
-        """Rows of the maps (…, C) -> what those tokens get (…, C)."""
-        return maps[0]
-
-    def _of_pure(self, pure: Tensor, *maps: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self.rows(*maps)
-        index = _pure_index(pure)
-        return self.rows(*(m.flatten(0, 2)[index] for m in maps))
+        return fill_pure(out, pure, lambda: (qkv[..., 2 * x.shape[-1] :],), lambda v: v)
 
     def macs(self, pure: int) -> int:
         """Multiply-adds for so many pure tokens."""
@@ -63,10 +35,10 @@ class WindowCompensation(nn.Module):
 
 
 class MeanCompensation(WindowCompensation):
-    """'mean': the mean of the value vectors around it."""
+    """'mean': the mean of the value vectors around it, 5×5."""
 
-    def maps(self, x, norm, qkv):
-        return (mean5(qkv[..., 2 * x.shape[-1] :]),)
+    def forward(self, out, x, norm, qkv, pure):
+        return fill_pure(out, pure, lambda: (mean5(qkv[..., 2 * x.shape[-1] :]),), lambda v: v)
 
 
 class LinearCompensation(nn.Linear, WindowCompensation):
@@ -75,15 +47,8 @@ class LinearCompensation(nn.Linear, WindowCompensation):
     def __init__(self, dim: int):
         super().__init__(2 * dim, dim)
 
-    def forward(self, x, norm, qkv, pure):
-        return WindowCompensation.forward(self, x, norm, qkv, pure)
-
-    def maps(self, x, norm, qkv):
-        z = norm(x)
-        return z, mean5(z)
-
-    def rows(self, *maps):
-        return F.linear(torch.cat(maps, -1), self.weight, self.bias)
+    def forward(self, out, x, norm, qkv, pure):
+        return linear_stand_in(out, pure, x, norm, self.weight, self.bias)
 
     def macs(self, pure):
         return pure * self.weight.numel()
@@ -135,16 +100,3 @@ class ExemptingLayer(nn.Module):
         for name in self.does_without():
             state_dict.pop(prefix + name, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def fill_pure(x: Tensor, pure: Tensor, instead: Tensor) -> Tensor:
-    """x (B, H, W, C) with what :class:`WindowCompensation` found in the rows of the pure tokens."""
-    if instead.dim() == x.dim():
-        return torch.where(pure[..., None], instead.to(x.dtype), x)
-    rows = x.flatten(0, 2)
-    index, instead = _pure_index(pure), instead.to(x.dtype)
-    if torch.is_grad_enabled():
-        rows = rows.index_copy(0, index, instead)
-    else:
-        rows.index_copy_(0, index, instead)
-    return rows.view(x.shape)

@@ -54,6 +54,17 @@ struct linear {
     } *part;
 };
 
+/* Rows of pure tokens, the input normalised and its mean over 5 x 5, as far as there is a map, side by side, through a
+ * linear layer (2 channels -> channels); one image. */
+struct stand_in {
+    const float *x; /* (height, width, channels) */
+    int64_t height, width, channels;
+    float eps;             /* of the LayerNorm, whose weights are in those of the layer */
+    const float *weight, *bias; /* laid out as in struct part */
+    const uint8_t *pure; /* (height, width) */
+    float *out;          /* like x; only rows of pure tokens are written */
+};
+
 /* out = u + GELU(depthwise convolution of u + bias), zeros around the map; one image. */
 struct depthwise {
     const float *u, *weight, *bias; /* (height, width, channels), (kernel, kernel, channels), (channels) */
@@ -91,6 +102,8 @@ struct attention_kernels {
 struct layer_kernels {
     void (*linear)(const struct linear *, int64_t begin, int64_t end, float *scratch); /* of CHUNK * in floats */
     void (*depthwise)(const struct depthwise *, int64_t row);
+    /* Rows begin ... end - 1 of the map; scratch: stand_in_floats. */
+    void (*stand_in)(const struct stand_in *, int64_t begin, int64_t end, float *scratch);
     /* scratch: dictionary_floats */
     void (*attend)(const struct dictionary *, int64_t begin, int64_t end, float *scratch);
     /* Adds to the moments (entries). */
@@ -109,6 +122,11 @@ static inline int64_t scratch_floats(int64_t keys, int64_t dim) {
     int64_t grads = 2 * padded(dim, LANES) * keys;                /* of keys, values */
     int64_t backward = 2 * TILE * LANES + 3 * dim * LANES + 2 * rows + grads;
     return packed + (forward > backward ? forward : backward);
+}
+
+/* Room for five rows of a map and their sum; tokens with their means; what becomes of them. */
+static inline int64_t stand_in_floats(int64_t width, int64_t channels) {
+    return 6 * width * channels + 3 * CHUNK * channels;
 }
 
 /* Room for the similarities of 16 tokens and four sums like them, the queries, 16 rows of a panel. */

@@ -97,6 +97,65 @@ static void linear(const struct linear *l, int64_t begin, int64_t end, float *sc
     }
 }
 
+/* --- what stands in for attention ----------------------------------------------------------------------------------- */
+
+enum { REACH = 2, SIDE = 2 * REACH + 1 }; /* of the mean around a token */
+
+INLINE void add_row(int64_t n, const float *x, float *sum) {
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) store_anywhere(sum + i, load_anywhere(sum + i) + load_anywhere(x + i));
+    for (; i < n; i++) sum[i] += x[i];
+}
+
+INLINE void scale_row(int64_t n, float factor, float *x) {
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) store_anywhere(x + i, load_anywhere(x + i) * factor);
+    for (; i < n; i++) x[i] *= factor;
+}
+
+INLINE int64_t within(int64_t i, int64_t n) { return i < 0 ? 0 : i < n ? i : n - 1; }
+
+static void stand_in(const struct stand_in *s, int64_t begin, int64_t end, float *scratch) {
+    const int64_t c = s->channels, row = s->width * c;
+    float *normal = scratch, *sum = normal + SIDE * row, *rows = sum + row, *product = rows + CHUNK * 2 * c;
+    const struct part part = {s->weight, s->bias, c, {NULL, NULL}, product};
+    const struct linear layer = {rows, 2 * c, -1, 0, 1, &part};
+    int64_t waiting = 0, ready = 0, token[CHUNK]; /* tokens in `rows`; the first row of the map that is not normalised */
+    for (int64_t y = begin; y < end; y++) {
+        const uint8_t *pure = s->pure + y * s->width;
+        const uint8_t *found = memchr(pure, 1, s->width);
+        if (!found) continue;
+        const int64_t top = within(y - REACH, s->height), bottom = within(y + REACH, s->height);
+        for (ready = ready > top ? ready : top; ready <= bottom; ready++)
+            normalise(s->width, c, s->eps, s->x + ready * row, normal + ready % SIDE * row);
+        int64_t summed = within(found - pure - REACH, s->width); /* the first column without a sum */
+        for (int64_t x = found - pure; x < s->width; x++) {
+            if (!pure[x]) continue;
+            const int64_t left = within(x - REACH, s->width), right = within(x + REACH, s->width);
+            summed = summed > left ? summed : left;
+            if (summed <= right) {
+                const int64_t n = (right + 1 - summed) * c, at = summed * c;
+                memcpy(sum + at, normal + top % SIDE * row + at, n * sizeof(float));
+                for (int64_t r = top + 1; r <= bottom; r++) add_row(n, normal + r % SIDE * row + at, sum + at);
+                summed = right + 1;
+            }
+            float *to = rows + waiting * 2 * c;
+            memcpy(to, normal + y % SIDE * row + x * c, c * sizeof(float));
+            memcpy(to + c, sum + left * c, c * sizeof(float));
+            for (int64_t i = left + 1; i <= right; i++) add_row(c, sum + i * c, to + c);
+            scale_row(c, 1 / (float)((bottom + 1 - top) * (right + 1 - left)), to + c);
+            token[waiting++] = y * s->width + x;
+            if (waiting < CHUNK) continue;
+            linear(&layer, 0, waiting, NULL);
+            for (int64_t i = 0; i < waiting; i++) memcpy(s->out + token[i] * c, product + i * c, c * sizeof(float));
+            waiting = 0;
+        }
+    }
+    if (!waiting) return;
+    linear(&layer, 0, waiting, NULL);
+    for (int64_t i = 0; i < waiting; i++) memcpy(s->out + token[i] * c, product + i * c, c * sizeof(float));
+}
+
 /* --- depthwise convolution ---------------------------------------------------------------------------------------- */
 
 enum { COLUMNS = 7 }; /* outputs that are worked on together, so that 7 sums and 7 weights fit 16 registers */
@@ -299,4 +358,4 @@ static void refine(const struct dictionary *d, int64_t begin, int64_t end, float
     for (int64_t i = 0; i < entries * LANES; i++) weights[i / LANES] += total[i];
 }
 
-const struct layer_kernels FOR_TARGET(ppsr_layer_kernels_) = {linear, depthwise, attend, moments, refine};
+const struct layer_kernels FOR_TARGET(ppsr_layer_kernels_) = {linear, depthwise, stand_in, attend, moments, refine};

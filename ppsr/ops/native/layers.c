@@ -9,6 +9,7 @@
 
 enum {
     RUN = 10 * CHUNK,   /* tokens of a task of linear layers */
+    STRIP = 16,         /* rows of a task of what stands in for attention: 4 more are normalised for their means */
     LEAST = 64 * LANES, /* tokens of a task of the dictionary, at least */
     MOST_TASKS = 256,   /* of the dictionary, per image */
     SHORT = 16 * LANES, /* tokens whose sums are kept in float; longer sums are in double */
@@ -64,6 +65,40 @@ int ppsr_linear(const float *x, const float *norm_weight, const float *norm_bias
     struct linear_loop loop = {{x, in, norm_weight ? eps : -1, has_gelu != 0, weight2 ? 2 : 1, parts}, tokens};
     const int failed =
         ppsr_for_each((tokens + RUN - 1) / RUN, threads, CHUNK * in * sizeof(float), &loop, linear_task);
+    free(packed);
+    return failed;
+}
+
+/* --- what stands in for attention --------------------------------------------------------------------------------- */
+
+struct stand_in_loop {
+    struct stand_in image; /* the first; the others follow it in memory */
+    int64_t tasks;         /* of an image */
+};
+
+static void stand_in_task(void *context, int64_t task, int more, void *scratch) {
+    (void)more;
+    const struct stand_in_loop *loop = context;
+    struct stand_in image = loop->image;
+    const int64_t number = task / loop->tasks, begin = task % loop->tasks * STRIP, skip = image.height * image.width;
+    image.x += number * skip * image.channels;
+    image.pure += number * skip;
+    image.out += number * skip * image.channels;
+    ppsr_layer_kernels()->stand_in(&image, begin, smaller(begin + STRIP, image.height), scratch);
+}
+
+/* x, out (batch, height, width, channels), weights of a LayerNorm (2 channels: those of the input twice), weight
+ * (channels, 2 channels), bias (channels), pure (batch, height, width); writes the rows of out that are pure. */
+int ppsr_linear_stand_in(const float *x, const float *norm_weight, const float *norm_bias, const float *weight,
+                         const float *bias, const uint8_t *pure, float *out, float eps, int64_t batch, int64_t height,
+                         int64_t width, int64_t channels, int64_t threads) {
+    float *packed = ppsr_take(padded(channels, LANES) * (2 * channels + 1) * sizeof(float));
+    if (!packed) return -1;
+    const float *biases = pack(weight, bias, norm_weight, norm_bias, 2 * channels, channels, packed);
+    struct stand_in_loop loop = {{x, height, width, channels, eps, packed, biases, pure, out},
+                                 (height + STRIP - 1) / STRIP};
+    const int failed = ppsr_for_each(batch * loop.tasks, threads, stand_in_floats(width, channels) * sizeof(float),
+                                     &loop, stand_in_task);
     free(packed);
     return failed;
 }
