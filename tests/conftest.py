@@ -18,8 +18,10 @@ hypothesis.settings.load_profile('ppsr')
 
 os.environ.setdefault('PPSR_NO_TUNING', '1')  # main() in a test must not flush this process's denormals
 
-# as in a terminal: a shell that starts the tests in the background has Ctrl-C ignored, and children inherit that
+# as in a terminal: a shell that starts the tests in the background has Ctrl-C ignored, nohup has hang-ups ignored, and
+# children inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

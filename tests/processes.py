@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -130,6 +131,11 @@ class Process:
         while self.alive and not condition():
             assert time.monotonic() < end, f'not after {seconds} s:\n{self.stdout}\n{self.stderr}'
             time.sleep(0.01)
+
+    def kill(self) -> None:
+        """And wait for its end, not that of its children."""
+        self.send_signal(signal.SIGKILL)
+        self._process.join()
 
     def send_signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):

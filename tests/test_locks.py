@@ -6,34 +6,31 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
-from support import REPOSITORY
+from processes import Process
 
 from ppsr import locks
 from ppsr.errors import UserError
 from ppsr.locks import Lock
 
 HOLD = """
-import os, sys, time
+import os, time
 from ppsr.locks import Lock
-lock = Lock(sys.argv[1], 'The data set').acquire()
-child = os.fork() if sys.argv[2] == 'fork' else 0
-if child or sys.argv[2] != 'fork':
+lock = Lock({path!r}, 'The data set').acquire()
+child = os.fork() if {fork} else 0
+if child or not {fork}:
     print('held', child, flush=True)
 time.sleep(60)
 """
 
 
-def start_holder(path, how='alone'):
-    """A process that holds the lock until it is killed."""
-    environment = os.environ | {'PYTHONPATH': str(REPOSITORY)}
-    command = [sys.executable, '-c', HOLD, str(path), how]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    word, child = process.stdout.readline().split()
+def start_holder(path, fork=False):
+    """A process that holds the lock until it is killed, and its child."""
+    process = Process(HOLD.format(path=str(path), fork=fork))
+    process.until(lambda: process.stdout.endswith(b'\n'))
+    word, child = process.stdout.decode().split()
     assert word == 'held'
     return process, int(child)
 
@@ -47,17 +44,15 @@ def test_the_second_is_told_who_has_it(tmp_path):
         assert str(error.value).startswith(f'The data set is in use by process {process.pid} on {socket.gethostname()}')
     finally:
         process.kill()
-        process.wait()
     with Lock(path, 'The data set') as lock:  # what a killed process left behind locks nobody out
         assert lock.held and path.exists()
     assert not lock.held and not path.exists()
 
 
 def test_a_forked_child_does_not_keep_the_lock_of_its_killed_parent(tmp_path):
-    process, child = start_holder(tmp_path / 'lock', 'fork')
+    process, child = start_holder(tmp_path / 'lock', fork=True)
     try:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
         os.kill(child, 0)  # still there
         Lock(tmp_path / 'lock', 'x').acquire().release()
     finally:

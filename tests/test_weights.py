@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -13,7 +11,8 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from support import REPOSITORY, TINY
+from processes import Process
+from support import TINY
 
 from ppsr import weights
 from ppsr.archs import ATDLight, PPATDLight
@@ -145,7 +144,6 @@ def test_a_file_of_the_shipped_name_is_taken_by_its_path_alone(tmp_path, monkeyp
 
 class Evil:
     def __reduce__(self):
-        import os
 
         return os.system, ('touch executed',)
 
@@ -427,10 +425,9 @@ def test_commands_unpickle_nothing_whatever_the_default_of_torch(tmp_path, setti
     """basicsr's own loads, too: SpyNet's, named in the user's options, leaves `weights_only` to torch."""
     torch.save({'params': Evil()}, tmp_path / 'evil.bin')
     (tmp_path / 'o.yml').write_text('network_g: {type: SpyNet, load_path: evil.bin}')
-    code = "import sys, os; sys.path.pop(0); from ppsr.cli import main; sys.exit(main(['complexity', '-opt', 'o.yml']))"
-    environment = os.environ | {'PYTHONPATH': str(REPOSITORY)} | ({setting: '1'} if setting else {})
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode != 0 and not (tmp_path / 'executed').exists(), done.stdout + done.stderr
+    environment = {setting: '1'} if setting else {}
+    process = Process(['complexity', '-opt', 'o.yml'], cwd=tmp_path, environment=environment)
+    assert process.wait() != 0 and not (tmp_path / 'executed').exists(), process.stdout + process.stderr
 
 
 @pytest.mark.parametrize('dtype, device', [(torch.bfloat16, None), (torch.float64, None), (torch.float32, 'meta')])

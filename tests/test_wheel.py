@@ -12,7 +12,23 @@ import pytest
 from support import REPOSITORY
 
 from ppsr.shipped import options_file
+from ppsr.version import __version__
 from ppsr.weights import DEFAULT_MODEL
+
+# one process for all: each start takes seconds
+COMMANDS = """
+from ppsr_command import main
+assert main(['doctor']) == 0
+assert main(['upscale', '-i', 'p.png', '-o', 'out.png']) == 0
+assert main(['complexity', '-opt', 'options/test/camixer_atd_light_x3.yml']) == 0
+
+# what the demo does, with fewer steps and pictures
+from ppsr.data import demo
+demo.VAL = {'coffee.png': (0, 0, 64, 64)}
+demo.make_demo_data('datasets')
+short = ['train:total_iter=1', 'datasets:train:num_worker_per_gpu=0', 'num_gpu=0', 'val:val_freq=1']
+assert main(['train', '-opt', 'options/demo.yml', '--force_yml', *short]) == 0
+"""
 
 
 def call(*command, cwd, **environment) -> str:
@@ -59,20 +75,13 @@ def test_a_wheel_has_all_that_the_commands_need(wheel, tmp_path):
     # beside the packages of this environment, before its own ppsr
     call('-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', site, wheel, cwd=elsewhere)
 
-    def ppsr(*arguments):
-        return call(site / 'bin' / 'ppsr', *arguments, cwd=elsewhere, PYTHONPATH=str(site))
-
-    assert f'{DEFAULT_MODEL}  {site / "ppsr" / "pretrained_models"}' in ppsr('doctor')
+    assert (
+        call(site / 'bin' / 'ppsr', '--version', cwd=elsewhere, PYTHONPATH=str(site)).strip() == f'ppsr {__version__}'
+    )
     cv2.imwrite(str(elsewhere / 'p.png'), np.random.default_rng(0).integers(0, 256, (17, 20, 3), np.uint8))
-    ppsr('upscale', '-i', 'p.png', '-o', 'out.png')
+    said = call('-c', COMMANDS, cwd=elsewhere, PYTHONPATH=str(site))
+    assert f'{DEFAULT_MODEL}  {site / "ppsr" / "pretrained_models"}' in said and 'total' in said
     assert cv2.imread(str(elsewhere / 'out.png')).shape == (68, 80, 3)
-    assert 'total' in ppsr('complexity', '-opt', 'options/test/camixer_atd_light_x3.yml')
-
-    # what the demo does, with fewer steps and pictures
-    code = "from ppsr.data import demo; demo.VAL = {'coffee.png': (0, 0, 64, 64)}; demo.make_demo_data('datasets')"
-    call('-c', code, cwd=elsewhere, PYTHONPATH=str(site))
-    short = ['train:total_iter=1', 'datasets:train:num_worker_per_gpu=0', 'num_gpu=0', 'val:val_freq=1']
-    ppsr('train', '-opt', 'options/demo.yml', '--force_yml', *short)
     trained = elsewhere / 'experiments' / 'demo'
     assert (trained / 'models' / 'net_g_latest.pth').is_file() and 'psnr' in next(trained.glob('*.log')).read_text()
     assert not (site / 'experiments').exists()

@@ -1,13 +1,12 @@
 """The library of compiled kernels: instruction sets, threads, its exponential, what both attentions promise alike."""
 
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 from attention_kernels import category_inputs, run_categories, run_windows, window_inputs
+from processes import Process
 
 from ppsr.ops import category_attention, dispatch, native, use_backend, window_attention
 
@@ -172,6 +171,5 @@ names = 'libgomp', 'libomp', 'libiomp'
 runtimes = {line.split()[-1] for line in open('/proc/self/maps') if any(name in line for name in names)}
 print(len(runtimes), count() - before, native._openmp_entry() is not None)
 """
-    env = os.environ | {'OMP_NUM_THREADS': '2'}
-    result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, env=env, timeout=100)
-    assert result.stdout.split() == ['1', '0', 'True'], result.stdout + result.stderr
+    process = Process(program)
+    assert process.wait() == 0 and process.stdout.split() == [b'1', b'0', b'True'], process.stdout + process.stderr
