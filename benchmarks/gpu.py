@@ -4,7 +4,8 @@
 
 Every figure is the median in milliseconds of `repeats` runs between two CUDA events, the candidates taking turns so
 that clocks and temperature treat them alike. The time that the device waits for the host counts. The inputs are reused
-and may lie in the cache. Nothing is printed about accuracy: tests/ops/test_triton.py compares the results on a GPU.
+and may lie in the cache. Nothing is printed about accuracy: tests/ops/test_*_attention_triton.py
+compare the results on a GPU.
 """
 
 import argparse

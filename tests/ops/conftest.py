@@ -1,5 +1,8 @@
 """Fixtures of the operators' tests."""
 
+import concurrent.futures
+import multiprocessing
+
 import pytest
 import torch
 
@@ -18,3 +21,19 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope='session')
+def interpreter():
+    """interpreter(function, *args): the result of a function of a module, called in a process in which Triton's
+    kernels are interpreted: Triton decides that on import."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        concurrent.futures.ProcessPoolExecutor(
+            1, multiprocessing.get_context('spawn'), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool,
+    ):
+        patch.setenv('TRITON_INTERPRET', '1')
+        pool.submit(int).result()  # the process starts here, and inherits the environment
+        patch.undo()
+        yield lambda function, *args: pool.submit(function, *args).result()
