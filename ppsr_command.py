@@ -25,6 +25,7 @@ COMMANDS = {
     'upscale': 'enlarge pictures',
     'mask': 'draw which pixels Pure-Pass finds pure',
     'compare': 'one picture: input, bicubic, ours, difference, mask',
+    'calibrate': 'measure what fast settings cost, for upscale --max-loss',
     'convert': 'turn a .pth into a .safetensors that knows its configuration, and back',
     'complexity': 'parameters and multiply-adds by part, static or over a data set',
     'purity': 'share of pure pixels of a data set',

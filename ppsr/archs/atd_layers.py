@@ -250,6 +250,11 @@ class AttentionLayer(ExemptingLayer):
             x = self.attn_win(qkv, self.shift, x, x_cross, pure=pure, compensate=compensate)
         return x, category, similarity
 
+    def window_example(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, branch = self.norm1(x), self.attn_win
+        table, sizes = branch.relative_position_bias_table, dict(window_size=branch.window_size, shift=self.shift)
+        return z, window_attention(self.wqkv(z), table, num_heads=branch.num_heads, **sizes)
+
     def macs(self, tokens: int, active: list[int]) -> dict[str, int]:
         """Multiply-adds by part for images of so many tokens, of which `active` of each image are not exempt."""
         atd, c, images = self.attn_atd, self.wqkv.in_features, len(active)

@@ -23,6 +23,7 @@ __all__ = [
     'check_network',
     'config_from',
     'dense_variant',
+    'masked_variant',
     'derived_buffers',
     'network_arguments',
     'relatives',
@@ -137,6 +138,20 @@ def dense_variant(network: Mapping) -> dict:
     cls = registered(ARCH_REGISTRY, network['type'])
     dense = cls.dense_arch if issubclass(cls, MaskedNetwork) else None
     return as_arch(network, dense)
+
+
+def masked_variant(network: Mapping, where: str = 'network_g') -> dict:
+    """The description of the network with the same weights that may exempt pixels, from window attention, too.
+
+    Raises:
+        UserError: there is none.
+    """
+    kind = network['type']
+    for name, cls in ARCH_REGISTRY:
+        ours = inspect.isclass(cls) and issubclass(cls, MaskedNetwork) and kind in (name, cls.dense_arch)
+        if ours and 'window' in cls.scopes and 'pp_scope' in network_arguments(cls):
+            return {**network, 'type': name}
+    raise UserError(f'{where}: {kind} has no window attention that pure pixels could be exempt from.')
 
 
 def config_from(state_dict: Mapping[str, Tensor], arch: str | None = None) -> dict:

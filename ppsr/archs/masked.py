@@ -223,6 +223,10 @@ class MaskedNetwork(HubNetwork, nn.Module, ABC):
         self.pure_pass = None
         return self
 
+    def exempting_layers(self) -> list[ExemptingLayer]:
+        """Its layers that may exempt tokens from window attention, from the first to the last."""
+        return [m for m in self.modules() if isinstance(m, ExemptingLayer)]
+
     @contextlib.contextmanager
     def exempting(self, mask: PixelMask | None, scope: Sequence[str] | None = None) -> Iterator[None]:
         """Within a `with`, the network runs with another mask, or with none, and other attentions in its scope.
@@ -236,7 +240,7 @@ class MaskedNetwork(HubNetwork, nn.Module, ABC):
         Raises:
             ValueError: a scope that the network has nothing to put in place of.
         """
-        layers = [m for m in self.modules() if isinstance(m, ExemptingLayer)]
+        layers = self.exempting_layers()
         if scope is not None:
             require_scope(scope, self.scopes)
             if 'window' in scope and any(layer.comp is None for layer in layers):

@@ -92,6 +92,11 @@ class ExemptingLayer(nn.Module):
             return torch.zeros(x.shape[:3], dtype=torch.bool, device=x.device)
         return None if pure is None else pure.view(x.shape[:3])
 
+    def window_example(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What a stand-in can be fitted to, for a map x (B, H, W, C) as the layer is given it: z = norm(x), and what
+        window attention makes of it before its projection, nothing exempt; both (B, H, W, C)."""
+        raise NotImplementedError(f'{type(self).__name__} has no window attention that a stand-in can be fitted to')
+
     def does_without(self) -> set[str]:
         """Names of parameters that a file may have and this layer has no use for."""
         return set() if isinstance(self.comp, LinearCompensation) else {'comp.weight', 'comp.bias'}

@@ -48,7 +48,9 @@ def run(args) -> int:
     if args.dense:
         if args.no_pure_pass or mask is None:
             raise UserError('--dense compares with a network that runs Pure-Pass; this one exempts nothing.')
-        args.no_pure_pass, args.mask, args.threshold, args.scope = True, None, None, None
+        for option in ('mask', 'threshold', 'scope', 'max_loss', 'saving', 'exact'):
+            setattr(args, option, None)
+        args.no_pure_pass = True
         upscalers[f'{name}, dense'] = make_upscaler(args)
     results = compare(lq, upscalers, gt)
     print(table(results))

@@ -18,6 +18,17 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--mask', metavar='NAME', help="which pixels are pure: colour (the paper's), variance, …")
     parser.add_argument('--threshold', type=THRESHOLD, metavar='T', help='of variance and both (default: 0.07)')
     parser.add_argument('--scope', nargs='+', choices=SCOPES, help='attentions that pure pixels are exempt from')
+    dial = parser.add_mutually_exclusive_group()
+    dial.add_argument(
+        '--max-loss',
+        metavar='DB[@PERCENT]',
+        help='fastest setting that loses at most so much against dense: in the mean over the images that the weights '
+        'were calibrated on, or on so many percent of them (0.05@95)',
+    )
+    dial.add_argument(
+        '--saving', type=Number(0.0, 100.0), metavar='PERCENT', help='best setting that saves so much of the work'
+    )
+    dial.add_argument('--exact', action='store_true', help='dense, as --no-pure-pass')
     parser.add_argument(
         '-t', '--tile', type=PIXELS, help='tile side in input pixels; 0 = never cut (default: from memory)'
     )
@@ -38,11 +49,14 @@ def make_upscaler(args, **options):
         raise UserError(
             f'--{next(iter(given))} says how pixels are exempt, --no-pure-pass exempts none; leave one out.'
         )
-    return Upscaler.from_pretrained(
+    upscaler = Upscaler.from_pretrained(
         args.model_path if args.model is None else args.model,
         arch=args.arch,
         pure_pass=not args.no_pure_pass,
         settings={f'pp_{name}': value for name, value in given.items()},
+        max_loss=args.max_loss,
+        saving=args.saving,
+        exact=args.exact,
         device=args.device,
         dtype=args.dtype,
         tile=args.tile,
@@ -50,6 +64,9 @@ def make_upscaler(args, **options):
         max_memory=args.max_memory,
         **options,
     )
+    if upscaler.choice is not None:
+        print(upscaler.choice, file=sys.stderr)
+    return upscaler
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ppsr.archs.masked import as_masked, mask_module
+from ppsr.calibration import Choice, Wish, choose, curve_of
 from ppsr.device import DTYPES, resolve_device, resolve_dtype, torch_as_it_comes
 from ppsr.errors import UserError
 from ppsr.images import (
@@ -76,6 +77,7 @@ class Stats:
         tile: side of the tiles in input pixels, 0 = the image was not cut.
         tiles: number of network calls.
         mask: (H, W) bool, True = pure, or None for a network without a mask.
+        choice: what was asked for and which setting was chosen, where the dial did (:mod:`ppsr.calibration.dial`).
     """
 
     input_size: tuple[int, int]
@@ -87,6 +89,7 @@ class Stats:
     tile: int
     tiles: int
     mask: np.ndarray | None = dataclasses.field(repr=False, default=None)
+    choice: Choice | None = None
 
     @property
     def saved_share(self) -> float:
@@ -146,6 +149,7 @@ class Upscaler:
         self.tile, self.tile_overlap = tile, tile_overlap
         self.max_memory = None if max_memory is None else memory.parse_size(max_memory)
         self.say = say
+        self.choice: Choice | None = None  # of from_pretrained
         self._tiles = TileChoice(self.device, multiple_of(net))
         self.__setstate__({})
 
@@ -165,10 +169,16 @@ class Upscaler:
         arch: str | None = None,
         pure_pass: bool = True,
         settings: Mapping | None = None,
+        max_loss: float | str | None = None,
+        saving: float | None = None,
+        exact: bool = False,
         device: str | torch.device = 'auto',
         **options,
     ) -> 'Upscaler':
         """An Upscaler with weights from a file or of the package.
+
+        How fast is said by one of `max_loss`, `saving` and `exact`, or by `settings`; the first two are looked up in
+        what ``ppsr calibrate`` measured for these weights (:attr:`Upscaler.choice` says what was chosen).
 
         Args:
             path_or_name: a weights file, or a name of :func:`ppsr.weights.list_pretrained`; None = the shipped weights
@@ -176,19 +186,37 @@ class Upscaler:
             arch: PPATDLight runs a plain ATD-light checkpoint with Pure-Pass; None = as the file says.
             pure_pass: False runs the network with nothing exempted.
             settings: options of the network in place of those in the file, e.g. {'pp_scope': ['category', 'window']}.
+            max_loss: the fastest setting that loses at most so many dB of PSNR against the dense network, in the mean
+                over the images of the calibration; 'dB@percent' on so many percent of them, such as '0.05@95'.
+            saving: the setting that loses least of those that save so many percent of the multiply-adds.
+            exact: nothing is exempt.
             device, **options: as for the class.
 
         Raises:
-            UserError: no such weights, or they do not fit.
+            UserError: no such weights, or they do not fit; wishes that exclude each other, or that these weights have
+                nothing measured for.
         """
-        from ppsr.weights import default_model, load_model
+        from ppsr.weights import default_model, load_model, read_checkpoint, resolve
 
         device = resolve_device(device)
         if path_or_name is None:
             outscale = options.get('outscale')
             path_or_name = default_model(outscale if isinstance(outscale, (int, float)) else None)
+        choice, wish = None, Wish.of(max_loss, saving, exact)
+        if wish is not None:
+            settings = dict(settings or {})
+            given = [name for name in settings if name in ('pp_mask', 'pp_threshold', 'pp_scope')]
+            if given or not pure_pass:
+                other = given[0].removeprefix('pp_') if given else 'no Pure-Pass'
+                raise UserError(f'{wish.name} chooses what is exempt, and so does {other}; leave one of them out.')
+            curve = None if wish.exact else curve_of(read_checkpoint(resolve(path_or_name)))
+            choice = choose(wish, curve, str(path_or_name))
+            pure_pass = choice.point is not None
+            settings |= choice.point.settings if pure_pass else {}
         net = load_model(path_or_name, arch=arch, pure_pass=pure_pass, device=device, settings=settings)
-        return cls(net, device=device, **options)
+        made = cls(net, device=device, **options)
+        made.choice = choice
+        return made
 
     @property
     def stats(self) -> Stats | None:
@@ -302,7 +330,7 @@ class Upscaler:
             raise UserError(f'{name} needs {memory.gib(needed)} of memory to be opened, and {allowed} are allowed.')
 
     def _remember(self, stats: Stats, start: float) -> Stats:
-        self._last.stats = dataclasses.replace(stats, seconds=time.perf_counter() - start)
+        self._last.stats = dataclasses.replace(stats, seconds=time.perf_counter() - start, choice=self.choice)
         return self._last.stats
 
     def _output_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
