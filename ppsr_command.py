@@ -27,6 +27,7 @@ COMMANDS = {
     'compare': 'one picture: input, bicubic, ours, difference, mask',
     'calibrate': 'measure what fast settings cost, for upscale --max-loss',
     'convert': 'turn a .pth into a .safetensors that knows its configuration, and back',
+    'export': 'write a network as an ONNX or ExecuTorch file for other runtimes',
     'complexity': 'parameters and multiply-adds by part, static or over a data set',
     'purity': 'share of pure pixels of a data set',
     'tables': "the paper's tables and plots from what is at hand",

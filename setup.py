@@ -128,6 +128,8 @@ setup(
     extras_require={
         'spandrel': ['spandrel>=0.4.2'],
         'teacher': ['spandrel>=0.4.2'],  # distillation from networks of other packages
+        'export': ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20'],
+        'executorch': ['executorch>=1.0'],
         'hub': ['huggingface_hub>=0.24'],
         'test': [
             'pytest',
@@ -137,6 +139,9 @@ setup(
             'ruff',
             'spandrel>=0.4.2',
             'huggingface_hub>=0.24',
+            'onnx>=1.17',
+            'onnxscript>=0.5',
+            'onnxruntime>=1.20',
         ],
     },
     entry_points={'console_scripts': ['ppsr=ppsr_command:entry']},

@@ -8,8 +8,8 @@ from ppsr.cli.numbers import PIXELS, THRESHOLD, Number
 from ppsr.pictures.upscaler import OUTSCALES
 
 
-def add_network_options(parser: argparse.ArgumentParser) -> None:
-    """The options that choose a network and how it runs; shared by ``upscale`` and ``compare``."""
+def add_weights_options(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a network; shared by ``upscale``, ``compare`` and ``export``."""
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument('-n', '--model', metavar='NAME', help='shipped weights by name (default: of the scale wanted)')
     weights.add_argument('--model-path', metavar='FILE', help='weights file (.safetensors, .pth)')
@@ -18,6 +18,11 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--mask', metavar='NAME', help="which pixels are pure: colour (the paper's), variance, …")
     parser.add_argument('--threshold', type=THRESHOLD, metavar='T', help='of variance and both (default: 0.07)')
     parser.add_argument('--scope', nargs='+', choices=SCOPES, help='attentions that pure pixels are exempt from')
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a network and how it runs; shared by ``upscale`` and ``compare``."""
+    add_weights_options(parser)
     dial = parser.add_mutually_exclusive_group()
     dial.add_argument(
         '--max-loss',
@@ -38,10 +43,9 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--dtype', default='fp32', choices=('fp32', 'bf16', 'fp16'), help='precision (default: fp32)')
 
 
-def make_upscaler(args, **options):
-    """An Upscaler from the options of :func:`add_network_options`."""
+def chosen_network(args) -> dict:
+    """What :func:`add_weights_options` chose: arguments of :func:`ppsr.load_model` and of Upscaler.from_pretrained."""
     from ppsr.errors import UserError
-    from ppsr.pictures.upscaler import Upscaler
 
     given = {name: getattr(args, name) for name in ('mask', 'threshold', 'scope')}
     given = {name: value for name, value in given.items() if value is not None}
@@ -49,11 +53,20 @@ def make_upscaler(args, **options):
         raise UserError(
             f'--{next(iter(given))} says how pixels are exempt, --no-pure-pass exempts none; leave one out.'
         )
-    upscaler = Upscaler.from_pretrained(
-        args.model_path if args.model is None else args.model,
+    return dict(
+        path_or_name=args.model_path if args.model is None else args.model,
         arch=args.arch,
         pure_pass=not args.no_pure_pass,
         settings={f'pp_{name}': value for name, value in given.items()},
+    )
+
+
+def make_upscaler(args, **options):
+    """An Upscaler from the options of :func:`add_network_options`."""
+    from ppsr.pictures.upscaler import Upscaler
+
+    upscaler = Upscaler.from_pretrained(
+        **chosen_network(args),
         max_loss=args.max_loss,
         saving=args.saving,
         exact=args.exact,

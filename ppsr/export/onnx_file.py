@@ -5,11 +5,7 @@ be multiples; padding before it and cropping behind it are a few operators of th
 """
 
 import copy
-import io
 import json
-import logging
-import warnings
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +20,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from ppsr.archs.masked import MaskedNetwork
-from ppsr.atomic import atomic_path
 from ppsr.errors import UserError
+from ppsr.export.files import first_line, quietly, write
 from ppsr.export.operators import OPSET, TRANSLATIONS, exportable_mask
 from ppsr.version import __version__
 
@@ -113,13 +109,10 @@ def onnx_model(net: MaskedNetwork, half: bool = False) -> onnx.ModelProto:
     example = torch.rand(2, 3, 2 * m, 3 * m)
     height, width = (Dim(name) if m == 1 else m * Dim(name) for name in ('rows', 'columns'))
     try:
-        program = _quietly(_translate, padded, example, {0: Dim.DYNAMIC, 2: height, 3: width})
+        translated = quietly(_translate, padded, example, {0: Dim.DYNAMIC, 2: height, 3: width})
     except Exception as error:  # torch.onnx has no error of its own for "I do not know this operator"
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(
-            f'{type(net).__name__} cannot be exported: torch.onnx says "{lines[0] if lines else type(error).__name__}".'
-        ) from error
-    model = onnx_ir.to_proto(program.model)
+        raise UserError(f'{type(net).__name__} cannot be exported: torch.onnx says "{first_line(error)}".') from error
+    model = onnx_ir.to_proto(translated)
     model.ir_version = IR_VERSION
     if half:
         _store_half(model.graph)
@@ -138,22 +131,19 @@ def _translate(padded: nn.Module, example: Tensor, dynamic: dict):
         output_names=['y'],
         optimize=False,
     )
-    onnxscript.optimizer.optimize(program.model, input_size_limit=FOLDED, output_size_limit=FOLDED)
-    # where the code lies that was traced is nobody's business
-    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)
-    return program
-
-
-def _quietly(work, *args):
-    """torch.onnx tells its progress on standard output, and warns of what does not concern us."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        warnings.simplefilter('ignore')
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            return work(*args)
-        finally:
-            logging.disable(before)
+    model = program.model
+    onnx_ir.passes.common.InlinePass()(model)
+    onnxscript.optimizer.fold_constants(model, input_size_limit=FOLDED, output_size_limit=FOLDED)
+    for tidy in (
+        onnx_ir.passes.common.CommonSubexpressionEliminationPass(),
+        onnx_ir.passes.common.RemoveUnusedNodesPass(),
+        onnx_ir.passes.common.RemoveUnusedFunctionsPass(),
+        onnx_ir.passes.common.RemoveUnusedOpsetsPass(),
+        # where the code lies that was traced is nobody's business
+        onnx_ir.passes.common.ClearMetadataAndDocStringPass(),
+    ):
+        tidy(model)
+    return model
 
 
 def _framed(model: onnx.ModelProto, net: MaskedNetwork) -> onnx.ModelProto:
@@ -200,14 +190,15 @@ def _name_sides(value: onnx.ValueInfoProto, sides: list[str | int]) -> None:
 def _store_half(graph: onnx.GraphProto) -> None:
     """Keep as float16 what loses nothing by it: the weights, which have been rounded before."""
     casts = []
-    for i, tensor in enumerate(graph.initializer):
+    for tensor in graph.initializer:
         if tensor.data_type != TensorProto.FLOAT:
             continue
-        value = numpy_helper.to_array(tensor)
-        small = value.astype(np.float16)
+        name, value = tensor.name, numpy_helper.to_array(tensor)
+        with np.errstate(over='ignore'):
+            small = value.astype(np.float16)
         if value.size >= HALF_FROM and np.array_equal(small.astype(np.float32), value):
-            graph.initializer[i].CopyFrom(numpy_helper.from_array(small, f'{tensor.name}.half'))
-            casts.append(helper.make_node('Cast', [f'{tensor.name}.half'], [tensor.name], to=TensorProto.FLOAT))
+            tensor.CopyFrom(numpy_helper.from_array(small, f'{name}.half'))
+            casts.append(helper.make_node('Cast', [f'{name}.half'], [name], to=TensorProto.FLOAT))
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
@@ -219,11 +210,4 @@ def export_onnx(net: MaskedNetwork, path: str | Path, half: bool = False) -> Non
     Raises:
         UserError: it cannot be exported, or the file cannot be written.
     """
-    path = Path(path)
-    content = onnx_model(net, half).SerializeToString()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content)
-    except OSError as e:
-        raise UserError(f'{path}: cannot be written ({e.strerror or e}).') from e
+    write(Path(path), onnx_model(net, half).SerializeToString())

@@ -253,8 +253,8 @@ def exportable_mask(mask: PixelMask | None) -> nn.Module | None:
     kinds = {PurePass: _Colour, Variance: _Variance, Both: _Both}
     if type(mask) not in kinds:
         raise UserError(
-            f'The mask {mask.name or type(mask).__name__!r} cannot be exported; those that can are colour, variance and '
-            'both.'
+            f'The mask {mask.name or type(mask).__name__!r} cannot be exported; those that can are colour, variance '
+            'and both.'
         )
     return kinds[type(mask)](mask)
 
@@ -293,7 +293,7 @@ def nearest_centre(lq, num_centers: int):
 
 
 def one_label(labels, w: int, offset: int):
-    """(B, 1, H, W) -> (B, 1, H, W) bool: whether the w×w window around a pixel holds one label (ppsr.masks.pure_pass)."""
+    """(B, 1, H, W) -> (B, 1, H, W) bool: whether the window around a pixel holds one label (ppsr.masks.pure_pass)."""
     sides = op.Shape(labels, start=2)  # H, W
     before = op.Where(op.GreaterOrEqual(sides, ints(w, w)), ints(*2 * [(w - offset) % w]), ints(0, 0))
     windows = op.Div(op.Add(op.Add(sides, before), scalar(w - 1)), scalar(w))
@@ -331,7 +331,7 @@ def around(x, w: int):
     return x
 
 
-def variance_mask_(lq, threshold: float, window_size: int):
+def variance_mask_of(lq, threshold: float, window_size: int):
     def double(value):
         return constant(value, np.float64)
 
@@ -348,5 +348,5 @@ TRANSLATIONS = {
     torch.ops.ppsr.category_attention.default: category_attention,
     torch.ops.ppsr.window_attention.default: window_attention,
     torch.ops.ppsr.colour_mask.default: colour_mask,
-    torch.ops.ppsr.variance_mask.default: variance_mask_,
+    torch.ops.ppsr.variance_mask.default: variance_mask_of,
 }
