@@ -2,7 +2,7 @@ import pytest
 import torch
 from support import TINY
 
-from ppsr.archs import ATDLight, PPATDLight
+from ppsr.archs import ATDLight, ATDLightV2, PPATDLight, PPATDLightV2
 from ppsr.errors import UserError
 from ppsr.weights import load_model, save_checkpoint
 
@@ -52,6 +52,15 @@ def test_other_weights_stay_spandrels(registry):
     damaged['norm.weight'] = damaged['norm.weight'][:1]
     with pytest.raises(Exception, match='loading state_dict for ATD:\n.*norm.weight'):  # spandrel's ATD says it
         loader.load_from_state_dict(damaged)
+
+
+def test_the_second_version(registry):
+    """Which spandrel does not know by itself."""
+    state = ATDLightV2(**SMALL).state_dict()
+    with pytest.raises(spandrel.UnsupportedModelError):
+        spandrel.ModelLoader().load_from_state_dict(dict(state))
+    model = spandrel.ModelLoader('cpu', registry).load_from_state_dict(state)
+    assert model.architecture.id == 'PPATDLightV2' and type(model.model) is PPATDLightV2
 
 
 def test_dense(registry):
