@@ -24,11 +24,11 @@ from ppsr.masks import build_mask
 from ppsr.metrics import psnr
 from ppsr.weights import Checkpoint, build_and_load, described, load_into, read_checkpoint, resolve, save_checkpoint
 
-__all__ = ['FEWEST', 'THRESHOLDS', 'calibrate', 'measure_curve']
+__all__ = ['FEWEST', 'THRESHOLDS', 'calibrate', 'evenly', 'load_with_stand_in', 'measure_curve']
 
 FEWEST = 5  # images
 THRESHOLDS = (0.03, 0.05, 0.06, 0.07, 0.08, 0.1, 0.13)  # of the mask variance
-FIT_THRESHOLD = 0.1  # of the mask for which a stand-in is fitted
+FIT_THRESHOLD = 0.13  # of the mask for which a stand-in is fitted
 CROPS, SIDE = 64, 64  # of the fit
 LARGEST = 128  # LQ pixels of a side; of larger images the middle is measured
 BEST = 100.0  # dB: images that are equal but for a few samples are as good as equal
@@ -68,10 +68,10 @@ def calibrate(
     if output.suffix != '.safetensors':
         raise UserError(f'{output}: the curve is kept in .safetensors files; choose such a name.')
     checkpoint = read_checkpoint(resolve(model))
-    net, config, has_stand_in = _load(checkpoint)
+    net, config, has_stand_in = load_with_stand_in(checkpoint)
     net = net.to(device)
     sources = _find(Path(data), net.upscale if ground_truth else None)
-    measured = _spread(sources, images)
+    measured = evenly(sources, images)
     facts = dict(checkpoint.facts)
     if fitted := refit or not has_stand_in:
         rest = [source for source in sources if source not in measured]
@@ -137,8 +137,13 @@ def measure_curve(
     return Curve(data, AGAINST[0 if ground_truth else 1], points)
 
 
-def _load(checkpoint: Checkpoint) -> tuple[MaskedNetwork, dict, bool]:
-    """The network with both attentions in its scope, its configuration in files, and whether it has a stand-in."""
+def load_with_stand_in(checkpoint: Checkpoint) -> tuple[MaskedNetwork, dict, bool]:
+    """The network with both attentions in its scope, in eval mode, its configuration in files, and whether the file has
+    a stand-in for window attention; else that of the network is random.
+
+    Raises:
+        UserError: a network without window attention to exempt from, or weights that do not fit.
+    """
     where = f'{checkpoint.path}: its configuration'
     config = masked_variant(described(checkpoint), str(checkpoint.path))
     if checkpoint.config is None:  # guessed: without a word on Pure-Pass, the setting is the paper's
@@ -164,7 +169,7 @@ def _find(folder: Path, scale: int | None) -> list[tuple[str, Path]]:
     return sources
 
 
-def _spread(items: list, most: int) -> list:
+def evenly(items: Sequence, most: int) -> list:
     """At most so many of them, evenly from the first to the last."""
     count = min(most, len(items))
     return [items[i * len(items) // count] for i in range(count)]
@@ -182,7 +187,7 @@ def _read(path: Path, scale: int, ground_truth: bool) -> tuple[np.ndarray, np.nd
 
 def _crops(sources: list[tuple[str, Path]], net: MaskedNetwork, ground_truth: bool) -> Tensor:
     """(CROPS, 3, side, side) LQ crops, the same each time, of at most SIDE pixels a side and of whole windows."""
-    images = [_read(path, net.upscale, ground_truth)[0] for _, path in _spread(sources, CROPS)]
+    images = [_read(path, net.upscale, ground_truth)[0] for _, path in evenly(sources, CROPS)]
     side = min(SIDE, *(min(image.shape[:2]) for image in images)) // net.multiple * net.multiple
     if not side:
         raise UserError(

@@ -9,10 +9,11 @@ import numpy as np
 from matplotlib import style as styles
 from matplotlib.figure import Figure  # not pyplot: it would choose a backend for the whole process
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator
 from torch import nn
 
 from ppsr.atomic import atomic_path
-from ppsr.paper import complexity
+from ppsr.paper import complexity, scopes
 from ppsr.paper.purity import Share
 
 __all__ = ['COLOURS', 'STYLE', 'heat_map', 'quality_against_cost', 'save', 'saving_against_share', 'share_by_data_set']
@@ -142,4 +143,51 @@ def heat_map(
             axis.set(title=name, xlabel='window w (LR pixels)')
         axes[0][0].set_ylabel('colour centres K')
         figure.colorbar(picture, ax=axes[0].tolist(), label=f'pure pixels, ×{scale} (%)', shrink=0.9)
+        save(figure, path)
+
+
+def masks_and_scopes(path: Path, scale: int, found: dict[str, dict[str, dict[str, list[dict]]]]) -> None:
+    """PSNR against dense over what is saved of the multiply-adds and of the seconds, with standard errors over the
+    images: a row of panels for each weights and measure, a column for each data set; :mod:`ppsr.paper.scopes` says
+    what is in `found`. Filled: window attention exempt, too; open: category attention alone."""
+    names = list(dict.fromkeys(name for sets in found.values() for name in sets))
+    families = list(dict.fromkeys(family for family, _ in scopes.MASKS.values()))
+    panels = [(label, what) for label in found for what in ('macs', 'seconds')]
+    with styles.context(['default', STYLE]):
+        figure = Figure((max(6.6, 3.2 * len(names) + 0.4), 2.6 * len(panels) + 0.8), layout='constrained')
+        axes = figure.subplots(len(panels), len(names), squeeze=False, sharey=True)
+        for row, (label, what) in zip(axes, panels):
+            for axis, name in zip(row, names):
+                settings = found[label][name]
+                dense, drawn = settings[scopes.DENSE], {}
+                for setting, records in settings.items():
+                    scope, _, mask = setting.partition(': ')
+                    if mask:
+                        point = scopes.percent_less(records, dense, what), *scopes.from_dense(records, dense)
+                        drawn.setdefault((scopes.MASKS[mask][0], scope), []).append(point)
+                for (family, scope), points in drawn.items():
+                    i, is_wide = families.index(family), 'window' in scope
+                    saved, change, errors = zip(*points)
+                    axis.errorbar(
+                        saved,
+                        change,
+                        [error or 0 for error in errors],
+                        color=COLOURS[i % len(COLOURS)],
+                        marker=MARKERS[i % len(MARKERS)],
+                        markerfacecolor=COLOURS[i % len(COLOURS)] if is_wide else 'white',
+                        markersize=5,
+                        linewidth=1,
+                        elinewidth=0.8,
+                        label=family if is_wide else None,
+                    )
+                axis.axhline(0, color='#666666', linewidth=0.8)
+                axis.set_yscale('symlog', linthresh=20)  # a random mask loses fifty times as much as a good one
+                axis.yaxis.set_major_locator(FixedLocator((-1000, -300, -100, -50, -20, -10, 0, 10, 20)))
+                axis.yaxis.set_major_formatter('{x:+.0f}')
+                axis.set(title=f'{name}, {label}', xlabel=f'{"multiply-adds" if what == "macs" else "time"} saved (%)')
+                axis.title.set_fontsize(8)
+            row[0].set_ylabel(f'PSNR from dense, ×{scale} (mdB)')
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        title = 'filled: window and category attention exempt; open: category attention alone'
+        figure.legend(handles, labels, loc='outside lower center', ncols=3, title=title, title_fontsize=8)
         save(figure, path)

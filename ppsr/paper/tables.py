@@ -20,7 +20,7 @@ from ppsr.data.layout import Source
 from ppsr.errors import UserError
 from ppsr.generated import section_names, write_section
 from ppsr.locks import Lock
-from ppsr.paper import complexity, plots, published
+from ppsr.paper import complexity, plots, published, scopes
 from ppsr.paper.measure import Cache, Method, file_hash, measure
 from ppsr.paper.purity import Share, shares
 from ppsr.paper.report import Table
@@ -63,7 +63,7 @@ CHANGES = {
 }
 CONTROLS = {'lowest variance': 'variance', 'random': 'random'}
 
-OWN_SECTION = re.compile(r'(benchmarks|controls|ablations|purity)_x\d+')  # of the README
+OWN_SECTION = re.compile(r'(benchmarks|controls|ablations|scopes|purity)_x\d+')  # of the README
 
 Records = dict[tuple[str, str], list[dict]]
 
@@ -323,6 +323,7 @@ def _make(folder, records_file, data, weights, scales, options, ablate_on, comma
         found += _pure_pass_plots(folder, scale, base, records)
         if varied_sets and base.weights is not None:
             found += _variants(folder, scale, base, data_sets, varied_sets, records, records_file)
+        found += _scopes(folder, scale, weights, varied_sets, records_file)
         if varied_sets:
             grid = _grid(varied_sets, scale)
             _write_table(folder, f'purity_x{scale}', _grid_table(scale, grid))
@@ -353,6 +354,20 @@ def _variants(
         (f'ablations_x{scale}', f'Ablations ×{scale}'),
         (f'{plot}.png', ''),
     ]
+
+
+def _scopes(
+    folder: Path, scale: int, weights: Sequence[str | Path], varied_sets: dict, cache: Cache
+) -> list[tuple[str, str]]:
+    """Masks and scopes, for weights with a stand-in for window attention."""
+    files = scopes.files_with_stand_in(weights, scale)
+    data_sets = {name: sources for name, sources in varied_sets.items() if name in scopes.SETS}
+    if not files or not data_sets:
+        return []
+    name, found = f'scopes_x{scale}', scopes.measure_scopes(files, data_sets, scale, cache)
+    _write_table(folder, name, scopes.scope_table(found, scale))
+    plots.masks_and_scopes(folder / name, scale, found)
+    return [(name, f'Masks and scopes ×{scale}'), (f'{name}.png', '')]
 
 
 def _pure_pass_plots(folder: Path, scale: int, base: Method, records: Records) -> list[tuple[str, str]]:
