@@ -11,7 +11,7 @@ from typing import Annotated
 
 from ppsr.archs.masked import AS_PUBLISHED, SCOPES
 from ppsr.errors import UserError
-from ppsr.schema import Choice, Number, Section, Several, Text, check
+from ppsr.schema import Choice, Number, Section, Several, Text, check, show
 from ppsr.weights import Checkpoint
 
 __all__ = ['AGAINST', 'KEY', 'Curve', 'Point', 'curve_of']
@@ -39,6 +39,11 @@ class _Curve(Section):
     data: Annotated[str, Text(), 'the images, in words']
     against: Annotated[str, Choice(*AGAINST), 'what PSNR was measured against']
     points: list
+
+    @classmethod
+    def together(cls, values, where):
+        if not values['data'].isprintable():  # goes to a terminal
+            raise UserError(f'{where} → data must be printable text, not {show(values["data"])}.')
 
 
 @dataclass(frozen=True)

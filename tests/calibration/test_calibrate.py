@@ -354,6 +354,7 @@ POINT = FACT['points'][0]
         FACT | {'points': [POINT | {'mask': 'variance', 'threshold': -1}]},
         FACT | {'against': 'hearsay'},
         FACT | {'data': 3},
+        FACT | {'data': '\x1b[2J'},
         FACT | {'more': 3},
     ],
     ids=lambda fact: str(fact)[-60:],
