@@ -12,6 +12,7 @@ the map that the teacher's group was given, and is to find the map that the teac
 import contextlib
 import hashlib
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ppsr.archs.atd_layers import ATDNetwork
-from ppsr.atomic import atomic_path
+from ppsr.atomic import PREFIX, atomic_path
 from ppsr.errors import DataError, UserError
 from ppsr.images import decode_rgb, to_tensor
 from ppsr.pictures.memory import is_out_of_memory
@@ -34,6 +35,7 @@ __all__ = ['Answers', 'Teacher', 'features_loss', 'fill_cache', 'groups_of']
 
 MIN_TILE = 64  # LR pixels: where memory does not suffice for this, it does not suffice
 LARGE = 1 << 30
+ABANDONED = 3600  # seconds after which nobody is writing a temporary file any more
 Maps = list[tuple[Tensor, Tensor]]
 
 
@@ -302,6 +304,9 @@ def _plan(answers: Answers, teacher: Teacher, dataset: Dataset, where: str, logg
             size += bytes_of_one
     try:
         answers.folder.mkdir(parents=True, exist_ok=True)
+        for path in answers.folder.glob(f'{PREFIX}*'):  # of a run that was killed while it wrote; others may be writing
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink(missing_ok=True)
         free = shutil.disk_usage(answers.folder).free
     except OSError as e:
         raise UserError(f'{where} cannot be made ({e.strerror or e}).') from e

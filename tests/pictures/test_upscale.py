@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import signal
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -371,9 +372,14 @@ def test_only_what_is_missing_is_made_and_what_is_half_written_made_anew(data, t
     content = files[0].read_bytes()
     files[0].write_bytes(content[:1000])
     files[1].write_bytes(b'')
+    old, new = (answers.folder / f'.ppsr-{age}.part.npy' for age in ('old', 'new'))
+    for path in (old, new):
+        path.write_bytes(b'')
+    os.utime(old, (0, 0))
     nearest.asked = 0
     fill_cache(answers, nearest, train, ALONE, LOGGER)
     assert nearest.asked == 2 and files[0].read_bytes() == content and '1 are there, 2 are made now' in caplog.text
+    assert not old.exists() and new.exists()  # the latter may be another training's
     shutil.copy(tmp_path / 'data/lr/001.png', tmp_path / 'data/lr/002.png')  # another image: another answer
     shutil.copy(tmp_path / 'data/hr/001.png', tmp_path / 'data/hr/002.png')
     fill_cache(answers, nearest, train, ALONE, LOGGER)
