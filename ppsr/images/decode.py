@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
-from PIL import GifImagePlugin, Image, ImageCms, ImageFile, TiffImagePlugin
+from PIL import GifImagePlugin, Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from ppsr.errors import DataError, UserError
 from ppsr.images import deep, png, pnm, tiff
@@ -313,6 +313,8 @@ def _user_errors(name: str) -> Iterator[None]:
         raise UserError(f'{name} cannot be read: permission denied.') from None
     except MemoryError:
         raise UserError(f'{name} does not fit into the memory that is free; close other programs.') from None
+    except UnidentifiedImageError:  # would name an object of ours
+        raise UserError(f'{name} is damaged or incomplete: its header cannot be read.') from None
     except Exception as error:
         reason = (getattr(error, 'strerror', None) or str(error)).split('\n')[0].rstrip('.') or type(error).__name__
         raise UserError(f'{name} is damaged or incomplete: {reason}.') from error

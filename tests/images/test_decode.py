@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import GifImagePlugin, Image, ImageCms, ImageFile
+from PIL import GifImagePlugin, Image, ImageCms, ImageFile, features
 from processes import Process
 
 from ppsr.errors import UserError
@@ -111,7 +111,45 @@ def png_header(width, height, bits, colour) -> bytes:
     return file.getvalue()
 
 
-PROMISES = {
+def encoded_by_pillow(form: str, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture(height=32, width=32)).save(file, form, **options)
+    return file.getvalue()
+
+
+def swollen(data: bytes, marker: bytes, distance: int, size: bytes) -> bytes:
+    """A whole file with another size, so many bytes behind the first byte of `marker`."""
+    at = data.index(marker) + distance
+    return data[:at] + size + data[at + len(size) :]
+
+
+def animated_webp() -> bytes:
+    frames = [Image.fromarray(picture(height=32, width=32)), Image.fromarray(picture(height=32, width=32)[::-1])]
+    file = io.BytesIO()
+    frames[0].save(file, 'WEBP', save_all=True, append_images=frames[1:])
+    return file.getvalue()
+
+
+SIDE = struct.pack('>II', 100_000, 100_000)
+WITH_SIZES = {  # formats whose headers are read by Pillow's libraries
+    'JPEG': swollen(encoded_by_pillow('JPEG'), b'\xff\xc0', 5, struct.pack('>HH', 60_000, 60_000)),
+    'WebP': swollen(encoded_by_pillow('WEBP'), b'\x9d\x01\x2a', 3, struct.pack('<HH', 16_383, 16_383)),
+    'WebP, lossless': swollen(
+        encoded_by_pillow('WEBP', lossless=True), b'VP8L', 9, struct.pack('<I', 16_383 | 16_383 << 14)
+    ),
+    'WebP, animated': swollen(animated_webp(), b'VP8X', 12, 2 * (60_000 - 1).to_bytes(3, 'little')),
+    'JP2': swollen(swollen(encoded_by_pillow('JPEG2000'), b'ihdr', 4, SIDE), b'\xff\x51', 6, SIDE),
+    'JP2, the stream alone': swollen(
+        encoded_by_pillow('JPEG2000')[encoded_by_pillow('JPEG2000').index(b'\xff\x4f\xff\x51') :],
+        b'\xff\x51',
+        6,
+        SIDE,
+    ),
+}
+if features.check('avif'):
+    WITH_SIZES['AVIF'] = swollen(encoded_by_pillow('AVIF'), b'ispe', 8, struct.pack('>II', 16_000, 16_000))
+
+PROMISES = WITH_SIZES | {
     'PNG': png_header(100_000, 100_000, 16, 6),
     'PNG, bilevel': png_header(60_000, 60_000, 1, 0),
     'TIFF of 60,000 samples': bare_tiff(1000, 1000, 60_000, 16),
@@ -150,6 +188,21 @@ def test_what_a_header_promises_is_refused_before_memory_is_taken(tmp_path):
         said = [line for line in lines if line.startswith(f'{name}|')]
         assert len(said) == 3 and all('is too large to be opened safely' in line for line in said), (name, said)
     assert int(lines[-1].split()[1]) < 300
+
+
+@pytest.mark.parametrize('form', ['AVIF', 'WEBP'])
+def test_what_a_library_refuses_itself_is_a_sentence_too(form):
+    """libavif and libwebp have limits of their own."""
+    if form == 'AVIF':
+        if not features.check('avif'):
+            pytest.skip('this Pillow reads no AVIF')
+        data = swollen(encoded_by_pillow('AVIF'), b'ispe', 8, SIDE)
+    else:
+        data = swollen(animated_webp(), b'VP8X', 12, b'\xff' * 6)
+    for read in (read_picture, read_header, decode_rgb):
+        with pytest.raises(UserError, match='is damaged or incomplete') as error:
+            read(data)
+        assert ' object at 0x' not in str(error.value)
 
 
 @pytest.mark.parametrize('kind, number', [('signed', 2), ('floating-point', 3), ('complex', 6)])
