@@ -171,13 +171,16 @@ def _raising(loader: DataLoader, name: str) -> Iterator[dict]:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-    except RuntimeError as e:
-        if not str(e).startswith('DataLoader worker'):
+    except (RuntimeError, ConnectionError, EOFError) as e:
+        # torch has seen a worker end without a word, or that in the middle of one: nearly always the system's, for want
+        # of memory. What the data set itself raises in a worker begins with 'Caught'.
+        in_the_middle = isinstance(e, (ConnectionError, EOFError)) and not str(e).startswith('Caught ')
+        if not (loader.num_workers and in_the_middle) and not str(e).startswith('DataLoader worker'):
             raise
-        # torch has seen a worker end without a word: nearly always the system's, for want of memory
+        reason = ' '.join(str(e).split())[:200].rstrip('.') or type(e).__name__
         raise UserError(
-            f'data set {name}: a loader worker was killed ({" ".join(str(e).split())[:200].rstrip(".")}); memory or '
-            'shared memory may be short: lower num_worker_per_gpu or batch_size_per_gpu.'
+            f'data set {name}: a loader worker was killed ({reason}); memory or shared memory may be short: lower '
+            'num_worker_per_gpu or batch_size_per_gpu.'
         ) from e
 
 

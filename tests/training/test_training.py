@@ -592,6 +592,29 @@ def test_killed_worker_is_one_sentence_where_batches_are_asked_for(monkeypatch):
             assert signal.getsignal(signal.SIGCHLD) == before
 
 
+@pytest.mark.parametrize('error', [ConnectionResetError(104, 'Connection reset by peer'), EOFError()], ids=str)
+def test_worker_killed_while_it_hands_over_a_batch(monkeypatch, error):
+    """torch then lets through what the broken connection says."""
+
+    def broken(self):
+        raise error
+
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, '_next_data', broken)
+    with pytest.raises(UserError, match='^data set numbers: a loader worker was killed'):
+        list(batches(num_worker_per_gpu=1).epoch(0))
+
+
+class Remote(Numbers):
+    def __getitem__(self, index):
+        raise ConnectionError('the server is gone')
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_connection_of_the_data_set_itself_is_no_killed_worker(workers):
+    with pytest.raises(ConnectionError, match='the server is gone'):
+        list(batches(dataset=Remote(), num_worker_per_gpu=workers).epoch(0))
+
+
 def test_too_small_a_data_set_is_refused():
     with pytest.raises(UserError, match='an epoch has 3 samples and a batch 4'):
         batches(dataset=Numbers(3), dataset_enlarge_ratio=1)
