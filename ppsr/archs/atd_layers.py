@@ -20,7 +20,7 @@ from ppsr.ops.category_attention import attention_macs as category_macs
 from ppsr.ops.category_attention import category_attention
 from ppsr.ops.depthwise import depthwise_mix
 from ppsr.ops.dictionary import Similarity, dictionary_attention
-from ppsr.ops.linear import linear_add, norm_linear
+from ppsr.ops.linear import linear_add, norm_linear, norm_linear_beside
 from ppsr.ops.window_attention import attention_macs as window_macs
 from ppsr.ops.window_attention import window_attention
 
@@ -185,9 +185,10 @@ class ConvFFN(nn.Module):
         self, x: Tensor, norm: nn.LayerNorm, rows: Tensor | None = None, category: Tensor | None = None
     ) -> Tensor:
         """(B, H, W, C), rows (M, row_dim) and category (B, H, W) in 0…M − 1 -> (B, H, W, C)"""
-        (u,) = norm_linear(x, norm, self.fc1, gelu=True)
-        if rows is not None:
-            u = torch.cat([u, rows.to(u.dtype)[category]], -1)
+        if rows is None:
+            (u,) = norm_linear(x, norm, self.fc1, gelu=True)
+        else:
+            u = norm_linear_beside(x, norm, self.fc1, rows, category)
         return linear_add(depthwise_mix(u, self.dwconv.depthwise_conv[0]), self.fc2, x)
 
     def macs(self, tokens: int) -> int:

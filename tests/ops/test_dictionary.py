@@ -5,6 +5,7 @@ import torch
 from layer_kernels import assert_close, kernel_and_definition, needs_native, random, randomise
 from torch import nn
 
+from ppsr.ops import use_backend
 from ppsr.ops.dictionary import Similarity, dictionary_attention, dictionary_refinement
 
 
@@ -25,13 +26,30 @@ def dictionary(n, rank, entries, channels, batch=2):
 @needs_native
 @pytest.mark.parametrize(
     'n, rank, entries, channels',
-    [(1500, 8, 64, 48), (37, 5, 20, 36), (2, 8, 64, 48), (5, 8, 1, 24), (300, 4, 33, 7), (270_001, 2, 3, 2)],
+    [
+        (1500, 8, 64, 48),
+        (1000, 12, 128, 48),
+        (37, 5, 20, 36),
+        (2, 8, 64, 48),
+        (5, 8, 1, 24),
+        (300, 4, 33, 7),
+        (270_001, 2, 3, 2),
+    ],
 )
 def test_dictionary(target, n, rank, entries, channels):
     actual, expected = kernel_and_definition(*dictionary(n, rank, entries, channels))
     assert_close(actual[0], expected[0])
     assert (actual[1] == expected[1]).double().mean() > 0.999  # a tie within rounding may fall either way
     assert_close(actual[2], expected[2], 1e-5)
+
+
+@pytest.mark.parametrize('backend', ['torch', pytest.param('native', marks=needs_native)])
+def test_one_dictionary_for_all_images(backend):
+    q, k, v = random(3, 40, 12).float(), random(128, 12, seed=1).float(), random(128, 48, seed=2).float()
+    with torch.no_grad(), use_backend(backend):
+        out, category, _ = dictionary_attention(q, k, v)
+        expected = dictionary_attention(q, k.expand(3, -1, -1), v.expand(3, -1, -1))
+    assert torch.equal(category, expected[1]) and torch.allclose(out, expected[0], atol=1e-6)
 
 
 @needs_native

@@ -6,11 +6,11 @@ from flop_counter import flop_counter
 from layer_kernels import assert_close, needs_native, random
 from torch import nn
 
-from ppsr.archs import PPATDLight
+from ppsr.archs import PPATDLight, PPATDLightV2
 from ppsr.ops import use_backend
 from ppsr.ops.depthwise import depthwise_mix
 from ppsr.ops.dictionary import dictionary_attention, dictionary_refinement
-from ppsr.ops.linear import linear_add, norm_linear
+from ppsr.ops.linear import linear_add, norm_linear, norm_linear_beside
 
 
 @needs_native
@@ -25,7 +25,8 @@ def test_threads_and_batch(target, threads):
         out, category, similarity = dictionary_attention(q[image], k[image], v[image])
         refined = dictionary_refinement(similarity, u[image].flatten(1, 2), norm3)
         maps = depthwise_mix(u[image], conv), linear_add(u[image], linear)
-        return out, category, refined, *maps, *norm_linear(u[image], norm, linear, linear, gelu=True)
+        beside = norm_linear_beside(u[image], norm, linear, k[0], category.view(-1, 50, 100))
+        return out, category, refined, *maps, beside, *norm_linear(u[image], norm, linear, linear, gelu=True)
 
     before = torch.get_num_threads()
     with torch.no_grad(), use_backend('native'):
@@ -94,6 +95,7 @@ def test_operators_are_registered_properly():
     calls = [
         (ops.linear, (x, [norm.weight.detach(), norm.bias.detach()], 1e-5, [w, w], [b, b], [], True)),
         (ops.linear, (x, [], 0.0, [w], [b], [add, add], False)),
+        (ops.linear, (x, [], 0.0, [w], [b], [], True, torch.randn(7, 3), torch.randint(7, (2, 5, 6)))),
         (ops.depthwise_mix, (u, conv.weight.detach(), conv.bias.detach())),
         (ops.dictionary_attention, (q, k, v)),
         (ops.dictionary_refinement, (q, k, x.flatten(1, 2), torch.ones(7), torch.zeros(7), 1e-5)),
@@ -107,7 +109,7 @@ def test_operators_refuse_what_does_not_fit():
     """Called directly: a sentence, never memory that is not theirs."""
     x, w, b, ops = torch.randn(2, 30, 16), torch.randn(20, 16), torch.randn(20), torch.ops.ppsr
     q, k, v, u = torch.randn(2, 30, 4), torch.randn(2, 7, 4), torch.randn(2, 7, 16), torch.randn(1, 4, 5, 16)
-    ones = torch.ones(7)
+    ones, rows, row = torch.ones(7), torch.randn(7, 3), torch.arange(60).view(2, 30) % 7
     for op, arguments in [
         (ops.linear, (x, [], 0.0, [w.double()], [b], [], False)),
         (ops.linear, (x, [], 0.0, [w], [b[:3]], [], False)),
@@ -116,6 +118,13 @@ def test_operators_refuse_what_does_not_fit():
         (ops.linear, (x, [], 0.0, [w], [b], 3 * [x.new_zeros(2, 30, 20)], False)),
         (ops.linear, (x, [], 0.0, 3 * [w], 3 * [b], [], False)),
         (ops.linear, (x[:0], [], 0.0, [w], [b], [], False)),
+        (ops.linear, (x, [], 0.0, [w], [b], [], True, rows, row + 1)),
+        (ops.linear, (x, [], 0.0, [w], [b], [], True, rows, row - 1)),
+        (ops.linear, (x, [], 0.0, [w], [b], [], True, rows, row.int())),
+        (ops.linear, (x, [], 0.0, [w], [b], [], True, rows, row[:1])),
+        (ops.linear, (x, [], 0.0, [w], [b], [], True, rows)),
+        (ops.linear, (x, [], 0.0, [w], [b], [], True, rows.double(), row)),
+        (ops.linear, (x, [], 0.0, [w], [b], [x.new_zeros(2, 30, 23)], True, rows, row)),
         (ops.depthwise_mix, (u[..., :8], torch.randn(8, 1, 3, 3), torch.randn(8))),
         (ops.depthwise_mix, (u, torch.randn(16, 1, 3, 5), torch.randn(16))),
         (ops.depthwise_mix, (u, torch.randn(16, 16, 3, 3), torch.randn(16))),
@@ -135,9 +144,14 @@ def test_they_count_as_many_multiplications_as_pytorch():
     norm, linear, conv = nn.LayerNorm(16), nn.Linear(16, 20), nn.Conv2d(16, 16, 3, padding=1, groups=16)
     q, k, v = torch.randn(2, 30, 4), torch.randn(2, 7, 4), torch.randn(2, 7, 16)
     w, b, ops, ones = linear.weight, linear.bias, torch.ops.ppsr, torch.ones(7)
+    row = torch.randint(30, (2, 30))
     pairs = [
         (lambda: ops.linear(x, [], 0.0, [w, w], [b, b], [], True), lambda: norm_linear(x, norm, linear, linear)),
         (lambda: ops.linear(x, [], 0.0, [w], [b], [add], False), lambda: linear_add(x, linear, add)),
+        (
+            lambda: ops.linear(x, [], 0.0, [w], [b], [], True, q[0], row),
+            lambda: norm_linear_beside(x, norm, linear, q[0], row),
+        ),
         (lambda: ops.depthwise_mix(u, conv.weight, conv.bias), lambda: depthwise_mix(u, conv)),
         (lambda: ops.dictionary_attention(q, k, v), lambda: dictionary_attention(q, k, v)),
     ]
@@ -158,10 +172,11 @@ def test_they_count_as_many_multiplications_as_pytorch():
 
 
 @needs_native
-def test_whole_network(target):
+@pytest.mark.parametrize('arch', [PPATDLight, PPATDLightV2])
+def test_whole_network(target, arch):
     """All kernels of a layer together, odd sizes, part of the image pure."""
     torch.manual_seed(0)
-    net = PPATDLight(
+    net = arch(
         embed_dim=36, depths=[3], num_heads=[3], num_tokens=20, reducted_dim=5, convffn_kernel_size=5, mlp_ratio=2
     ).eval()
     x = torch.rand(2, 3, 30, 21)

@@ -8,7 +8,7 @@ from layer_kernels import SIZES, assert_close, kernel_and_definition, needs_nati
 from torch import nn
 
 from ppsr.ops import use_backend
-from ppsr.ops.linear import linear_add, norm_linear
+from ppsr.ops.linear import linear_add, norm_linear, norm_linear_beside
 
 
 @needs_native
@@ -21,6 +21,22 @@ def test_norm_linear(target, n, channels, width, gelu):
         randomise(module)
     for actual, expected in zip(*kernel_and_definition(lambda d, *m: norm_linear(x.to(d), *m, gelu=gelu), *modules)):
         assert_close(actual, expected)
+
+
+@needs_native
+@pytest.mark.parametrize('columns', [1, 4, 17])
+@pytest.mark.parametrize('n, channels, width', SIZES)
+def test_norm_linear_beside(target, n, channels, width, columns):
+    x, rows = random(2, n, channels) * 3 + 1, random(9, columns)
+    row = torch.randint(9, (n, 2)).T  # not contiguous
+    norm, layer = randomise(nn.LayerNorm(channels, eps=1e-3)), randomise(nn.Linear(channels, width))
+
+    def run(dtype, norm, layer):
+        return norm_linear_beside(x.to(dtype), norm, layer, rows.to(dtype), row)
+
+    actual, expected = kernel_and_definition(run, norm, layer)
+    assert_close(actual, expected)
+    assert torch.equal(actual[..., width:], rows[row].float())  # copied
 
 
 @needs_native

@@ -28,7 +28,7 @@ _SIGNATURES = {
     'ppsr_window_backward': 8 * [c_void_p] + 8 * [c_int64],
     'ppsr_category_forward': [*3 * [c_void_p], c_float, *4 * [c_void_p], *7 * [c_int64]],
     'ppsr_category_backward': [*6 * [c_void_p], c_float, c_void_p, POINTER(c_double), *7 * [c_int64]],
-    'ppsr_linear': [*11 * [c_void_p], c_float, *6 * [c_int64]],
+    'ppsr_linear': [*13 * [c_void_p], c_float, *7 * [c_int64]],
     'ppsr_linear_stand_in': [*7 * [c_void_p], c_float, *5 * [c_int64]],
     'ppsr_depthwise': 4 * [c_void_p] + 6 * [c_int64],
     'ppsr_dictionary_attention': 5 * [c_void_p] + 6 * [c_int64],

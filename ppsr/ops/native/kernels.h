@@ -39,7 +39,8 @@ struct attention {
 
 #define CHUNK 48 /* tokens that the linear kernel works on together */
 
-/* Linear layers on the same tokens, and what stands beside them: out = GELU(norm(x) W + b) + add[0] + add[1]. */
+/* Linear layers on the same tokens, and what stands beside them: out = GELU(norm(x) W + b) + add[0] + add[1], or, side
+ * by side in a row, that and a row of a table, by token. */
 struct linear {
     const float *x; /* (tokens, in) */
     int64_t in;
@@ -50,8 +51,12 @@ struct linear {
         const float *weight, *bias; /* (panels, in, 16), (panels, 16): 16 outputs side by side, filled up with zeros */
         int64_t width;              /* outputs */
         const float *add[2];        /* like out, or NULL */
-        float *out;                 /* (tokens, width) */
+        float *out;                 /* (tokens, stride) */
+        int64_t stride;             /* the width, and behind the outputs of a token what fills up its row in out */
     } *part;
+    const float *rows; /* (…, columns), what fills up the rows of the first part, or NULL */
+    const int64_t *row; /* (tokens), which one */
+    int64_t columns;
 };
 
 /* Rows of pure tokens, the input normalised and its mean over 5 x 5, as far as there is a map, side by side, through a

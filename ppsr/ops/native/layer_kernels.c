@@ -45,16 +45,16 @@ INLINE void linear_block(int rows, int64_t in, const float *x, const float *weig
     if (lanes == LANES) {
         for (int a = 0; a < 2 && part->add[a]; a++)
             EACH(i, rows)
-                EACH(v, NV) y[i][v] += load_anywhere(part->add[a] + at + i * part->width + v * VL);
+                EACH(v, NV) y[i][v] += load_anywhere(part->add[a] + at + i * part->stride + v * VL);
         EACH(i, rows)
-            EACH(v, NV) store_anywhere(part->out + at + i * part->width + v * VL, y[i][v]);
+            EACH(v, NV) store_anywhere(part->out + at + i * part->stride + v * VL, y[i][v]);
         return;
     }
     EACH(i, rows) {
         float row[LANES] __attribute__((aligned(64)));
         EACH(v, NV) store(row + v * VL, y[i][v]);
         for (int64_t l = 0; l < lanes; l++) {
-            const int64_t to = at + i * part->width + l;
+            const int64_t to = at + i * part->stride + l;
             for (int a = 0; a < 2 && part->add[a]; a++) row[l] += part->add[a][to];
             part->out[to] = row[l];
         }
@@ -65,10 +65,10 @@ INLINE void linear_panel(int64_t n, int64_t in, const float *x, const struct par
                          int has_gelu) {
     const float *weight = part->weight + panel * in * LANES, *bias = part->bias + panel * LANES;
     const int64_t left = part->width - panel * LANES, lanes = left < LANES ? left : LANES;
-    int64_t i = 0, at = first * part->width + panel * LANES;
-    for (; i + BLOCK <= n; i += BLOCK, at += BLOCK * part->width)
+    int64_t i = 0, at = first * part->stride + panel * LANES;
+    for (; i + BLOCK <= n; i += BLOCK, at += BLOCK * part->stride)
         linear_block(BLOCK, in, x + i * in, weight, bias, has_gelu, lanes, part, at);
-    for (; i < n; i++, at += part->width) linear_block(1, in, x + i * in, weight, bias, has_gelu, lanes, part, at);
+    for (; i < n; i++, at += part->stride) linear_block(1, in, x + i * in, weight, bias, has_gelu, lanes, part, at);
 }
 
 INLINE void prefetch(const float *x, int64_t floats) {
@@ -82,7 +82,7 @@ static void linear(const struct linear *l, int64_t begin, int64_t end, float *sc
         /* memory that is read in steps of a row, which the processor does not foresee */
         prefetch(l->x + next * l->in, soon * l->in);
         for (int a = 0; a < 2 && l->part->add[a]; a++)
-            prefetch(l->part->add[a] + next * l->part->width, soon * l->part->width);
+            prefetch(l->part->add[a] + next * l->part->stride, soon * l->part->stride);
         const float *x = l->x + first * l->in;
         if (l->eps >= 0) {
             normalise(n, l->in, l->eps, x, scratch);
@@ -94,6 +94,9 @@ static void linear(const struct linear *l, int64_t begin, int64_t end, float *sc
                     linear_panel(n, l->in, x, &l->part[p], first, panel, 1);
                 else
                     linear_panel(n, l->in, x, &l->part[p], first, panel, 0);
+        for (int64_t t = first; t < first + n && l->rows; t++)
+            for (int64_t i = 0; i < l->columns; i++)
+                l->part->out[t * l->part->stride + l->part->width + i] = l->rows[l->row[t] * l->columns + i];
     }
 }
 
@@ -118,7 +121,7 @@ INLINE int64_t within(int64_t i, int64_t n) { return i < 0 ? 0 : i < n ? i : n -
 static void stand_in(const struct stand_in *s, int64_t begin, int64_t end, float *scratch) {
     const int64_t c = s->channels, row = s->width * c;
     float *normal = scratch, *sum = normal + SIDE * row, *rows = sum + row, *product = rows + CHUNK * 2 * c;
-    const struct part part = {s->weight, s->bias, c, {NULL, NULL}, product};
+    const struct part part = {s->weight, s->bias, c, {NULL, NULL}, product, c};
     const struct linear layer = {rows, 2 * c, -1, 0, 1, &part};
     int64_t waiting = 0, ready = 0, token[CHUNK]; /* tokens in `rows`; the first row of the map that is not normalised */
     for (int64_t y = begin; y < end; y++) {

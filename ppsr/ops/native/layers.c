@@ -48,21 +48,23 @@ static float *pack(const float *weight, const float *bias, const float *norm_wei
 }
 
 /* x (tokens, in), LayerNorm (in) twice or NULL, weight (width, in), bias (width) or NULL, a second layer of the same or
- * NULL -> out (tokens, width) and out2. What is added, like out, or NULL, belongs to the first layer. */
+ * NULL -> out (tokens, width) and out2. To the first layer belong what is added, like out, or NULL; and rows (…, columns)
+ * with row (tokens), or NULL: then out is (tokens, width + columns), and what is added with it. */
 int ppsr_linear(const float *x, const float *norm_weight, const float *norm_bias, const float *weight,
                 const float *bias, const float *weight2, const float *bias2, const float *add, const float *add2,
-                float *out, float *out2, float eps, int64_t tokens, int64_t in, int64_t width, int64_t width2,
-                int64_t has_gelu, int64_t threads) {
-    ppsr_expect(out, tokens * width);
+                const float *rows, const int64_t *row, float *out, float *out2, float eps, int64_t tokens, int64_t in,
+                int64_t width, int64_t width2, int64_t columns, int64_t has_gelu, int64_t threads) {
+    ppsr_expect(out, tokens * (width + columns));
     if (weight2) ppsr_expect(out2, tokens * width2);
     const int64_t floats = padded(width, LANES) * (in + 1);
     float *packed = ppsr_take((floats + padded(width2, LANES) * (in + 1)) * sizeof(float));
     if (!packed) return -1;
     const float *biases = pack(weight, bias, norm_weight, norm_bias, in, width, packed);
     const float *biases2 = weight2 ? pack(weight2, bias2, norm_weight, norm_bias, in, width2, packed + floats) : NULL;
-    const struct part parts[2] = {{packed, biases, width, {add ? add : add2, add ? add2 : NULL}, out},
-                                  {packed + floats, biases2, width2, {NULL, NULL}, out2}};
-    struct linear_loop loop = {{x, in, norm_weight ? eps : -1, has_gelu != 0, weight2 ? 2 : 1, parts}, tokens};
+    const struct part parts[2] = {{packed, biases, width, {add ? add : add2, add ? add2 : NULL}, out, width + columns},
+                                  {packed + floats, biases2, width2, {NULL, NULL}, out2, width2}};
+    struct linear_loop loop = {{x, in, norm_weight ? eps : -1, has_gelu != 0, weight2 ? 2 : 1, parts, rows, row, columns},
+                               tokens};
     const int failed =
         ppsr_for_each((tokens + RUN - 1) / RUN, threads, CHUNK * in * sizeof(float), &loop, linear_task);
     free(packed);
