@@ -1,10 +1,12 @@
 """Inference on the CPU: every backend against the reference, dense against Pure-Pass, and the machine's bound.
 
-    python benchmarks/forward.py [--size 180 320] [--runs 5] [--backends native torch reference]
+    python benchmarks/forward.py [--arch ATDLight] [--size 180 320] [--runs 5] [--backends native torch reference]
+    python benchmarks/forward.py --brief --arch ATDLightV2
     python benchmarks/forward.py --savings [--scope category window]
 
 Weights are random: time does not depend on them beyond which tokens meet in a group. One process, cases in turn,
-medians. The reference backend materialises every attention matrix, as the formulas say.
+medians. The reference backend materialises every attention matrix, as the formulas say. Another network is measured
+against ATDLight, too.
 """
 
 import argparse
@@ -15,22 +17,25 @@ import torch
 from common import alternate, machine, median, noise, on, photograph, ratio, table
 from torch.profiler import ProfilerActivity, profile
 
-from ppsr.archs import ATDLight, PPATDLight
+from ppsr.archs import ATDLight, ATDLightV2, MaskedNetwork, PPATDLight, PPATDLightV2
 from ppsr.archs.masked import SCOPES
 from ppsr.ops import dispatch, native
 
 PHOTOGRAPHS = ('astronaut', 'chelsea', 'coffee', 'rocket', 'motorcycle_left', 'hubble_deep_field')
 
 
-def networks(scope: Sequence[str] = ('category',)) -> tuple[ATDLight, PPATDLight]:
+ARCHS = {'ATDLight': (ATDLight, PPATDLight), 'ATDLightV2': (ATDLightV2, PPATDLightV2)}
+
+
+def networks(arch: str, scope: Sequence[str] = ('category',)) -> tuple[MaskedNetwork, MaskedNetwork]:
+    """A network and its Pure-Pass version with the same weights."""
     torch.manual_seed(0)
-    pp = PPATDLight(pp_scope=scope).eval()
-    dense = ATDLight().eval()
+    dense, pp = ARCHS[arch][0]().eval(), ARCHS[arch][1](pp_scope=scope).eval()
     dense.load_state_dict(pp.state_dict())
     return dense, pp
 
 
-def roofline(dense: ATDLight, height: int, width: int) -> tuple[float, str]:
+def roofline(dense: MaskedNetwork, height: int, width: int) -> tuple[float, str]:
     """Lower bound of the forward time from measured sgemm and exp throughput of this machine; and how it was found."""
     n = 1024
     a, b = torch.randn(n, n), torch.randn(n, n)
@@ -51,8 +56,9 @@ def roofline(dense: ATDLight, height: int, width: int) -> tuple[float, str]:
     layers = [layer for group in dense.layers for layer in group.residual_group.layers]
     exps = 0
     for layer in layers:
-        heads = layer.attn_win.num_heads
-        exps += tokens * (heads * (s * s + layer.attn_aca.category_size) + 2 * layer.attn_atd.num_tokens) / 1e9
+        heads, entries = layer.attn_win.num_heads, layer.attn_atd.num_tokens
+        entries *= 2 if hasattr(layer, 'refine') else 1  # ATD-CA, and the refinement of the dictionary
+        exps += tokens * (heads * (s * s + layer.attn_aca.category_size) + entries) / 1e9
     bounds = {name: macs / gmacs + exps / throughput for name, throughput in gexps.items()}
     text = f'sgemm {gmacs:.1f} GMAC/s (torch), exp ' + ', '.join(f'{g:.1f} G/s ({name})' for name, g in gexps.items())
     text += f'; the network takes {macs:.1f} GMAC and {exps:.2f} G exponentials: at least '
@@ -73,10 +79,10 @@ def shares(net, lq: torch.Tensor, most: int = 12) -> str:
     return table(['operator', 'calls', 'time', 'share'], rows)
 
 
-def variants(dense: ATDLight, lq: torch.Tensor, runs: int, best: str) -> str:
+def variants(dense: MaskedNetwork, lq: torch.Tensor, runs: int, best: str) -> str:
     """What else might help on a CPU, against the network as it is: torch.compile, bfloat16."""
     compiled = torch.compile(dense, fullgraph=True)
-    half, half_lq = ATDLight().eval(), lq.bfloat16()
+    half, half_lq = type(dense)().eval(), lq.bfloat16()
     half.load_state_dict(dense.state_dict())
     half.bfloat16()
 
@@ -94,10 +100,10 @@ def variants(dense: ATDLight, lq: torch.Tensor, runs: int, best: str) -> str:
     seconds = alternate(cases, runs)
     first = seconds[f'as it is, {best}']
     rows = [[name, f'{median(s):.2f} s', f'{ratio(s, first):.2f}'] for name, s in seconds.items()]
-    return table(['ATDLight', 'median', f'against {best}'], rows)
+    return table([type(dense).__name__, 'median', f'against {best}'], rows)
 
 
-def savings(dense: ATDLight, pp: PPATDLight, height: int, width: int, runs: int, backend: str) -> str:
+def savings(dense: MaskedNetwork, pp: MaskedNetwork, height: int, width: int, runs: int, backend: str) -> str:
     """Time that Pure-Pass saves against multiply-adds that it saves, on photographs and where nothing is pure."""
     rows, totals = [], [0.0, 0.0, 0.0]
     for name in (*PHOTOGRAPHS, None):
@@ -116,37 +122,36 @@ def savings(dense: ATDLight, pp: PPATDLight, height: int, width: int, runs: int,
         row = [name or 'noise (nothing pure)', f'{mask.float().mean():.1%}', f'{max(saved, 0):.1%}', f'{less:.1%}']
         rows.append([*row, f'{less / saved:.2f}' if name else ''])
     scope = 'AC-MSA' if pp.layers[0].residual_group.layers[0].comp is None else 'AC-MSA and SW-MSA'
-    return table(
-        [f'PPATDLight ({scope}) against ATDLight, {backend}', 'pure', 'GMACs saved', 'time saved', 'time/GMACs'], rows
-    )
+    title = f'{type(pp).__name__} ({scope}) against {type(dense).__name__}, {backend}'
+    return table([title, 'pure', 'GMACs saved', 'time saved', 'time/GMACs'], rows)
 
 
-def report(height: int, width: int, runs: int, backends: list[str]) -> str:
-    dense, pp = networks()
+def report(arch: str, height: int, width: int, runs: int, backends: list[str], brief: bool = False) -> str:
+    dense, pp = networks(arch)
     lq = photograph('coffee', height, width)
     torch.set_grad_enabled(False)
-    lines = [f'## Forward, {width}×{height} → ×4', '']
-
-    cases = {name: on(name, lambda: dense(lq)) for name in backends}
-    seconds = alternate(cases, runs)
-    bound, text = roofline(dense, height, width)
-    rows = [
-        [
-            f'ATDLight, {name}',
-            f'{median(s):.2f} s',
-            f'{1 / ratio(s, seconds[backends[-1]]):.1f}×',
-            f'{bound / median(s):.0%}',
-        ]
-        for name, s in seconds.items()
-    ]
-    lines += [
-        table(['', 'median', f'against {backends[-1]}', 'of the lowest bound'], rows),
-        '',
-        f'The bound: {text}.',
-        '',
-    ]
+    lines = [f'## Forward of {arch}, {width}×{height} → ×4', '']
 
     best = backends[0]
+    cases = {f'{arch}, {name}': on(name, lambda: dense(lq)) for name in backends}
+    if arch != 'ATDLight':
+        first, _ = networks('ATDLight')
+        cases |= {f'ATDLight, {best}': on(best, lambda: first(lq))}
+    seconds = alternate(cases, runs)
+    bound, text = roofline(dense, height, width)
+    slowest = seconds[f'{arch}, {backends[-1]}']
+    rows = [
+        [name, f'{median(s):.2f} s', f'{1 / ratio(s, slowest):.1f}×', f'{bound / median(s):.0%}']
+        for name, s in seconds.items()
+    ]
+    lines += [table(['', 'median', f'against {backends[-1]}', 'of the lowest bound'], rows), '']
+    if arch != 'ATDLight':
+        against = ratio(seconds[f'{arch}, {best}'], seconds[f'ATDLight, {best}'])
+        lines += [f'{arch} takes {against:.3f} of the time of ATDLight, run by run, {best}.', '']
+    lines += [f'The bound of {arch}: {text}.', '']
+    if brief:
+        return '\n'.join(lines)
+
     for backend in backends[:-1]:  # differences of a few per cent: many runs, as far as time allows
         many = 4 * runs - 1 if backend == best else runs
         lines += [savings(dense, pp, height, width, many, backend), '']
@@ -155,26 +160,28 @@ def report(height: int, width: int, runs: int, backends: list[str]) -> str:
     for _ in range(10):
         pp.pure_mask(lq)
     mask_time = (time.perf_counter() - start) / 10
-    forward = median(seconds[best])
+    forward = median(seconds[f'{arch}, {best}'])
     lines += [f'The mask takes {1000 * mask_time:.1f} ms, {mask_time / forward:.2%} of the forward time.', '']
     with_best = on(best, lambda: shares(dense, lq))
-    lines += [f'Where the time goes (ATDLight, {best}):', '', with_best(), '']
+    lines += [f'Where the time goes ({arch}, {best}):', '', with_best(), '']
     lines += ['What else was tried:', '', variants(dense, lq, runs, best), '']
     return '\n'.join(lines)
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--arch', default='ATDLight', choices=ARCHS)
     parser.add_argument('--size', type=int, nargs=2, default=[180, 320], metavar=('H', 'W'))
     parser.add_argument('--runs', type=int, default=5)
     usable = [name for name in ('native', 'torch', 'reference') if dispatch.available(name) is None]
     parser.add_argument('--backends', nargs='+', default=usable, choices=usable)
+    parser.add_argument('--brief', action='store_true', help='only how long a forward takes')
     parser.add_argument('--savings', action='store_true', help='only what Pure-Pass saves, with the first backend')
     parser.add_argument('--scope', nargs='+', default=['category'], choices=SCOPES, help='of --savings')
     args = parser.parse_args()
     print(machine(), '\n')
     if args.savings:
         with torch.no_grad():
-            print(savings(*networks(args.scope), *args.size, args.runs, args.backends[0]))
+            print(savings(*networks(args.arch, args.scope), *args.size, args.runs, args.backends[0]))
     else:
-        print(report(*args.size, args.runs, args.backends))
+        print(report(args.arch, *args.size, args.runs, args.backends, args.brief))

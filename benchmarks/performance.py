@@ -1,6 +1,6 @@
 """Measures the sections of docs/performance.md: all CPU benchmarks on this machine; half an hour on 2 cores.
 
-python benchmarks/performance.py [-o docs/performance.md] [--runs 5] [--only forward training-step memory]
+python benchmarks/performance.py [-o docs/performance.md] [--runs 5] [--only forward forward-v2 training-step memory]
 """
 
 import argparse
@@ -17,7 +17,8 @@ from ppsr.generated import write_section
 from ppsr.ops import dispatch
 
 SECTIONS = {
-    'forward': lambda runs, backends: forward.report(180, 320, runs, backends),
+    'forward': lambda runs, backends: forward.report('ATDLight', 180, 320, runs, backends),
+    'forward-v2': lambda runs, backends: forward.report('ATDLightV2', 180, 320, runs, backends, brief=True),
     'training-step': lambda runs, backends: train_step.report(4, 48, runs, backends),
     'memory': lambda runs, backends: memory.report(list(memory.CASES), backends),
 }
