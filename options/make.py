@@ -11,7 +11,15 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
-from ppsr.archs import ATDLight, ATDLightV2, CAMixerATDLight, PPATDLight, PPATDLightV2
+from ppsr.archs import (
+    ATDLight,
+    ATDLightV2,
+    CAMixerATDLight,
+    PPATDLight,
+    PPATDLightV2,
+    PPSwinIRLight,
+    SwinIRLight,
+)
 
 SCALES = (2, 3, 4)
 BENCHMARKS = ('Set5', 'Set14', 'BSD100', 'Urban100', 'Manga109')
@@ -28,6 +36,14 @@ PURE_PASS = """\
   pp_compensation: value  # instead of category attention: value | bypass | zero
   pp_window_compensation: linear  # instead of window attention: linear (learned) | value | mean
 """
+PURE_PASS_WINDOW = ''.join(
+    line.replace('[category]  # or [category, window]', '[window]').replace(
+        'linear  # instead of window attention: linear (learned) | value | mean',
+        'value  # instead of window attention: value | mean | linear (learned)',
+    )
+    for line in PURE_PASS.splitlines(True)
+    if 'pp_compensation' not in line
+)
 CAMIXER = """\
   camixer_ratio: 0.5  # share of the windows that get attention
 """
@@ -41,37 +57,79 @@ class Backbone(NamedTuple):
     """A published network: its settings and its schedules, those of x2 from scratch and of x3, x4 from x2."""
 
     title: str
-    num_heads: str
-    num_tokens: int
-    reducted_dim: int
-    further: str  # settings that others have not
+    structure: str  # sizes
+    mlp_ratio: int
     batch: int
     amp: str
+    optimizer: str
+    betas: str
+    lr: str
+    lr_from_x2: str
     milestones: str
     milestones_from_x2: str
+    warmup_iter: int  # of x2; half of it for the others; -1: none
 
 
 FIRST = Backbone(
     title='ATD-light',
-    num_heads='[4, 4, 4, 4]',
-    num_tokens=64,
-    reducted_dim=8,
-    further='',
+    structure="""\
+  embed_dim: 48
+  depths: [6, 6, 6, 6]
+  num_heads: [4, 4, 4, 4]
+  window_size: 16
+  category_size: 128
+  num_tokens: 64
+  reducted_dim: 8
+  convffn_kernel_size: 7
+""",
+    mlp_ratio=1,
     batch=32,
     amp='~  # bf16 | fp16: autocast of the network, losses and weights stay float32',
+    optimizer='AdamW',
+    betas='[0.9, 0.9]',
+    lr='5.0e-4',
+    lr_from_x2='2.0e-4',
     milestones='[250000, 400000, 450000, 475000, 490000]',
     milestones_from_x2='[150000, 200000, 225000, 240000]',
+    warmup_iter=20000,
 )
-SECOND = Backbone(
+SECOND = FIRST._replace(
     title='ATD-light v2',
-    num_heads='[3, 3, 3, 3]',
-    num_tokens=128,
-    reducted_dim=12,
-    further='  dim_ffn_td: 4  # channels that tell the feed-forward network of the category of a token\n',
+    structure="""\
+  embed_dim: 48
+  depths: [6, 6, 6, 6]
+  num_heads: [3, 3, 3, 3]
+  window_size: 16
+  category_size: 128
+  num_tokens: 128
+  reducted_dim: 12
+  dim_ffn_td: 4  # channels that tell the feed-forward network of the category of a token
+  convffn_kernel_size: 7
+""",
     batch=64,
     amp='fp16  # autocast of the network, losses and weights stay float32; on a CPU: bf16 or ~',
     milestones='[250000, 400000, 450000, 480000]',
     milestones_from_x2='[125000, 200000, 225000, 240000]',
+)
+SWINIR = Backbone(
+    title='SwinIR-light',
+    structure="""\
+  embed_dim: 60
+  depths: [6, 6, 6, 6]
+  num_heads: [6, 6, 6, 6]
+  window_size: 8
+  drop_path_rate: 0.1  # stochastic depth in training
+""",
+    mlp_ratio=2,
+    batch=64,
+    amp=FIRST.amp,
+    optimizer='Adam',
+    betas='[0.9, 0.999]',
+    lr='2.0e-4',
+    lr_from_x2='1.0e-4',
+    milestones='[250000, 400000, 450000, 475000]',
+    milestones_from_x2='[125000, 200000, 225000, 237500]',
+    warmup_iter=-1,
 )
 # file name -> arch, backbone, its own settings, its own lines under train
 NETWORKS = {
@@ -80,24 +138,22 @@ NETWORKS = {
     'camixer_atd_light': (CAMixerATDLight, FIRST, CAMIXER, CAMIXER_LOSS),
     'pp_atd_light_v2': (PPATDLightV2, SECOND, PURE_PASS, ''),
     'atd_light_v2': (ATDLightV2, SECOND, '', ''),
+    'pp_swinir_light': (PPSwinIRLight, SWINIR, PURE_PASS_WINDOW, ''),
+    'swinir_light': (SwinIRLight, SWINIR, '', ''),
 }
 
-# the schedules published for ATD-light: x2 from scratch, x3 and x4 from the x2 weights
+# the published schedules: x2 from scratch, x3 and x4 from the x2 weights
 FROM_SCRATCH = {
     'start': 'from scratch',
     'weights': '~',
     'strict': 'true',
-    'lr': '5.0e-4',
     'total_iter': '500000',
-    'warmup_iter': '20000',
 }
 FROM_X2 = {
     'start': 'from the x2 weights (options/${name}_x2.yml)',
     'weights': 'experiments/${name}_x2/models/net_g_latest.pth',
     'strict': 'false  # the upsampler of x2 has another shape and starts anew',
-    'lr': '2.0e-4',
     'total_iter': '250000',
-    'warmup_iter': '10000',
 }
 
 NETWORK = """\
@@ -107,16 +163,8 @@ network_g:
   upscale: ${scale}
   in_chans: 3
   img_size: 64
-  embed_dim: 48
-  depths: [6, 6, 6, 6]
-  num_heads: ${num_heads}
-  window_size: 16
-  category_size: 128
-  num_tokens: ${num_tokens}
-  reducted_dim: ${reducted_dim}
-${further}  convffn_kernel_size: 7
-  img_range: 1.
-  mlp_ratio: 1
+${structure}  img_range: 1.
+  mlp_ratio: ${mlp_ratio}
   upsampler: pixelshuffledirect
   resi_connection: 1conv
   use_checkpoint: false  # true: less memory in training, more time
@@ -182,10 +230,10 @@ path:
 train:
   ema_decay: 0.999
   optim_g:
-    type: AdamW
+    type: ${optimizer}
     lr: ${lr}
     weight_decay: 0
-    betas: [0.9, 0.9]
+    betas: ${betas}
 
   scheduler:
     type: MultiStepLR
@@ -293,7 +341,13 @@ def files() -> dict[str, str]:
         for scale in SCALES:
             values = {'name': name, 'arch': arch.__name__, 'scale': scale, 'own': own, 'own_train': own_train}
             values |= backbone._asdict() | {f'batch_on_{n}': backbone.batch // n for n in (4, 8)}
-            schedule = FROM_SCRATCH if scale == 2 else FROM_X2 | {'milestones': backbone.milestones_from_x2}
+            schedule = FROM_SCRATCH
+            if scale > 2:
+                schedule = FROM_X2 | {
+                    'lr': backbone.lr_from_x2,
+                    'milestones': backbone.milestones_from_x2,
+                    'warmup_iter': backbone.warmup_iter // 2,
+                }
             made[f'{name}_x{scale}.yml'] = fill(TRAIN, gt_size=64 * scale, **values | schedule)
             benchmarks = ''.join(
                 fill(BENCHMARK, number=number, dataset=dataset, scale=scale)

@@ -50,7 +50,7 @@ def convert(
     yield f'{source}: {count:,} parameters in {len(tensors)} tensors {where}, {dtypes}'
     yield f'configuration ({"from the file" if known else "from the shapes of the parameters"}):'
     yield from (f'  {name}: {value}' for name, value in config.items())
-    if not known and category_size is None:
+    if not known and category_size is None and 'category_size' in config:
         yield f'  (category_size {config["category_size"]} is the published one: the file does not say it)'
     yield from (f'  {printable(name)}: {printable(value)}' for name, value in checkpoint.facts.items())
 

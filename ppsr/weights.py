@@ -180,7 +180,7 @@ def without_derived(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters by name, without the prefix of DataParallel and without what follows from the configuration."""
     state = {name.removeprefix('module.'): value for name, value in state.items()}
     derived = derived_buffers()
-    return {name: value for name, value in state.items() if name not in derived}
+    return {name: value for name, value in state.items() if name.rpartition('.')[2] not in derived}
 
 
 def _first_line(e: Exception) -> str:

@@ -5,8 +5,8 @@ throughout; convolutions see the same memory as channels_last. Parameter names a
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ __all__ = [
     'LayerStack',
     'ResidualGroup',
     'WindowAttention',
+    'WindowNetwork',
     'config_from_shapes',
     'init_weights',
 ]
@@ -74,7 +75,11 @@ class WindowAttention(nn.Module):
     ) -> Tensor:
         """qkv (B, H, W, 3C) -> (B, H, W, C), plus what is to be added, up to two maps; tokens that are `pure`
         (B, H, W) do not ask, and `compensate` gives them something else before the projection"""
-        x = window_attention(
+        return linear_add(compensate(self.attend(qkv, shift, pure)), self.proj, *add)
+
+    def attend(self, qkv: Tensor, shift: int, pure: Tensor | None = None) -> Tensor:
+        """:meth:`forward` up to the projection, zeros for pure tokens."""
+        return window_attention(
             qkv,
             self.relative_position_bias_table,
             num_heads=self.num_heads,
@@ -82,7 +87,6 @@ class WindowAttention(nn.Module):
             shift=shift,
             pure=pure,
         )
-        return linear_add(compensate(x), self.proj, *add)
 
     def macs(self, images: int, tokens: int, pure: int = 0) -> int:
         """Multiply-adds for images of so many tokens each, of which `pure` of all images do not ask."""
@@ -243,34 +247,23 @@ class AttentionLayer(ExemptingLayer):
         x_atd, category, similarity = self.attn_atd(q.flatten(1, 2), k, v)
         exempt = self.exempt('category', pure)
         x_cross = self.attn_aca(qkv.flatten(1, 2), category, exempt, x_atd).view(x.shape)  # from far away
-        pure = self.exempt_from_window(x, pure)
-        if pure is None:
-            x = self.attn_win(qkv, self.shift, x, x_cross)
-        else:
-            compensate = partial(self.comp, x=x, norm=self.norm1, qkv=qkv, pure=pure)
-            x = self.attn_win(qkv, self.shift, x, x_cross, pure=pure, compensate=compensate)
+        x = self.attn_win(qkv, self.shift, x, x_cross, **self.exemption(x, self.norm1, qkv, pure))
         return x, category, similarity
 
     def window_example(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, branch = self.norm1(x), self.attn_win
-        table, sizes = branch.relative_position_bias_table, dict(window_size=branch.window_size, shift=self.shift)
-        return z, window_attention(self.wqkv(z), table, num_heads=branch.num_heads, **sizes)
+        z = self.norm1(x)
+        return z, self.attn_win.attend(self.wqkv(z), self.shift)
 
     def macs(self, tokens: int, active: list[int]) -> dict[str, int]:
         """Multiply-adds by part for images of so many tokens, of which `active` of each image are not exempt."""
         atd, c, images = self.attn_atd, self.wqkv.in_features, len(active)
         m, r = atd.num_tokens, atd.wq.out_features
-        window = self.attn_win.macs(images, tokens)
-        if 'window' in self.scope:
-            pure = images * tokens - sum(active)
-            window = self.attn_win.macs(images, tokens, pure) + self.comp.macs(pure)
-        if 'category' not in self.scope:
-            active = images * [tokens]
+        asking = active if 'category' in self.scope else images * [tokens]
         return {
             'qkv': images * tokens * c * 3 * c,
-            'window': window,
+            'window': self.window_macs(self.attn_win, tokens, active),
             'dictionary': images * tokens * (c * r + r * m + m * c),
-            'category': self.attn_aca.macs(images * tokens, active),
+            'category': self.attn_aca.macs(images * tokens, asking),
             'ffn': self.convffn.macs(images * tokens),
         }
 
@@ -423,8 +416,9 @@ def config_from_shapes(state_dict: Mapping[str, Tensor]) -> dict | None:
         return None
 
 
-class ATDNetwork(MaskedNetwork):
-    """The frame: mean, first convolution, LayerNorm, groups, LayerNorm, convolution, pixel shuffle in one step.
+class WindowNetwork(MaskedNetwork):
+    """The frame that SwinIR-light and those after it share: mean, first convolution, LayerNorm, groups, LayerNorm,
+    convolution, pixel shuffle in one step.
 
     Args:
         group_fn: group_fn(depth, num_heads) makes the contents of one :class:`ResidualGroup`.
@@ -434,12 +428,14 @@ class ATDNetwork(MaskedNetwork):
 
     The others are those of :class:`ppsr.archs.ATDLight`.
 
+    Attributes:
+        parts: of the multiply-adds.
+
     Raises:
         ValueError: a value that is not supported, named.
     """
 
-    scopes = ('category', 'window')
-    derived_buffers = (PUBLISHED_BUFFER,)
+    parts: ClassVar[tuple[str, ...]] = PARTS
 
     def __init__(
         self,
@@ -450,7 +446,6 @@ class ATDNetwork(MaskedNetwork):
         depths: Sequence[int],
         num_heads: Sequence[int],
         window_size: int,
-        convffn_kernel_size: int,
         img_range: float,
         upsampler: str,
         resi_connection: str,
@@ -463,7 +458,6 @@ class ATDNetwork(MaskedNetwork):
         require(img_range == 1, 'img_range', img_range, '1.0 (images in [0, 1])')
         require(upsampler == 'pixelshuffledirect', 'upsampler', upsampler, "'pixelshuffledirect'")
         require(resi_connection == '1conv', 'resi_connection', resi_connection, "'1conv'")
-        require(convffn_kernel_size % 2 == 1, 'convffn_kernel_size', convffn_kernel_size, 'an odd number')
         require(len(depths) == len(num_heads), 'num_heads', num_heads, f'one number for each of depths={list(depths)}')
         for heads in num_heads:
             require(heads > 0 and embed_dim % heads == 0, 'num_heads', heads, f'a divisor of embed_dim={embed_dim}')
@@ -500,15 +494,38 @@ class ATDNetwork(MaskedNetwork):
     def count(self, height: int, width: int, mask: Tensor) -> dict[str, int]:
         images, tokens, c = mask.shape[0], height * width, self.conv_first.out_channels
         active = (tokens - mask.flatten(1).sum(1)).tolist()
-        macs = dict.fromkeys(PARTS, 0)
+        macs = dict.fromkeys(self.parts, 0)
         macs['shallow'] = images * tokens * 3 * c * 9
         macs['convolutions'] = images * tokens * c * c * 9 * (len(self.layers) + 1)
         macs['upsampler'] = images * tokens * c * self.upsample[0].out_channels * 9
-        for group in self.layers:
-            for layer in group.residual_group.layers:
-                for part, count in layer.macs(tokens, active).items():
-                    macs[part] += count
+        for layer in self.every_layer():
+            for part, count in layer.macs(tokens, active).items():
+                macs[part] += count
         return macs
+
+    def every_layer(self) -> Iterator[nn.Module]:
+        """The layers of all groups, in order."""
+        for group in self.layers:
+            yield from group.residual_group.layers
+
+
+class ATDNetwork(WindowNetwork):
+    """What is published with a table as a buffer: both versions of ATD-light.
+
+    Args:
+        convffn_kernel_size: odd.
+        **network: those of :class:`WindowNetwork`.
+
+    Raises:
+        ValueError: a value that is not supported, named.
+    """
+
+    scopes = ('category', 'window')
+    derived_buffers = (PUBLISHED_BUFFER,)
+
+    def __init__(self, *, convffn_kernel_size: int, **network):
+        require(convffn_kernel_size % 2 == 1, 'convffn_kernel_size', convffn_kernel_size, 'an odd number')
+        super().__init__(**network)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         # the published code and spandrel keep this table as a buffer and ask for it; here it is not needed to compute

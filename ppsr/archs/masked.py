@@ -29,6 +29,7 @@ __all__ = [
     'as_masked',
     'mask_module',
     'mirror_pad',
+    'reflect_pad',
     'require',
 ]
 
@@ -47,6 +48,22 @@ def mirror_pad(x: Tensor, multiple: int) -> Tensor:
     def index(size: int) -> Tensor:
         i = torch.arange(-(-size // multiple) * multiple, device=x.device) % (2 * size)
         return torch.where(i < size, i, 2 * size - 1 - i)
+
+    h, w = x.shape[-2:]
+    if h % multiple:
+        x = x.index_select(-2, index(h))
+    if w % multiple:
+        x = x.index_select(-1, index(w))
+    return x
+
+
+def reflect_pad(x: Tensor, multiple: int) -> Tensor:
+    """Pad (B, C, H, W) at the bottom and right to a multiple, mirrored without the edge pixel, as often as it takes."""
+
+    def index(size: int) -> Tensor:
+        period = max(2 * (size - 1), 1)
+        i = torch.arange(-(-size // multiple) * multiple, device=x.device) % period
+        return torch.where(i < size, i, period - i)
 
     h, w = x.shape[-2:]
     if h % multiple:
@@ -286,6 +303,8 @@ class PurePassOptions:
         ValueError: a value that is not supported, named.
     """
 
+    of_category: ClassVar[tuple[str, ...]] = ('pp_compensation',)  # no options of a network that has no such attention
+
     def __init__(
         self,
         pp_num_centers: int = 8,
@@ -300,6 +319,8 @@ class PurePassOptions:
         **kwargs,
     ):
         require_scope(pp_scope, self.scopes)
+        if 'category' not in self.scopes:
+            require(pp_compensation == 'value', 'pp_compensation', pp_compensation, 'left out (no category attention)')
         settings = PurePassSettings(
             mask=pp_mask,
             num_centers=pp_num_centers,

@@ -53,6 +53,7 @@ SETTINGS: dict[str, tuple[Kind, bool]] = {
     'convffn_kernel_size': (Whole(1, 31), False),
     'img_range': (Number(1, 1), False),
     'mlp_ratio': (Number(above=0, most=16), False),
+    'drop_path_rate': (Number(0, below=1), False),
     'upsampler': (Choice('pixelshuffledirect'), False),
     'resi_connection': (Choice('1conv'), False),
     'use_checkpoint': (Truth(), False),

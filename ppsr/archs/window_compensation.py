@@ -5,6 +5,7 @@ attention (:class:`ExemptingLayer`) has one as ``comp``. Only 'linear' has param
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,22 @@ class ExemptingLayer(nn.Module):
         """What a stand-in can be fitted to, for a map x (B, H, W, C) as the layer is given it: z = norm(x), and what
         window attention makes of it before its projection, nothing exempt; both (B, H, W, C)."""
         raise NotImplementedError(f'{type(self).__name__} has no window attention that a stand-in can be fitted to')
+
+    def exemption(self, x: Tensor, norm: nn.LayerNorm, qkv: Tensor, pure: Tensor | None) -> dict:
+        """Further arguments of :class:`~ppsr.archs.atd_layers.WindowAttention` for a map x (B, H, W, C), the norm in
+        front of its projection, that projection qkv (B, H, W, 3C), and the mask of its pure tokens (B, N) or None."""
+        pure = self.exempt_from_window(x, pure)
+        if pure is None:
+            return {}
+        return {'pure': pure, 'compensate': partial(self.comp, x=x, norm=norm, qkv=qkv, pure=pure)}
+
+    def window_macs(self, attention: nn.Module, tokens: int, active: list[int]) -> int:
+        """Multiply-adds of window attention and of what stands in for it, for images of so many tokens, of which
+        `active` of each image are not exempt."""
+        pure = len(active) * tokens - sum(active) if 'window' in self.scope else 0
+        if not pure:
+            return attention.macs(len(active), tokens)
+        return attention.macs(len(active), tokens, pure) + self.comp.macs(pure)
 
     def does_without(self) -> set[str]:
         """Names of parameters that a file may have and this layer has no use for."""

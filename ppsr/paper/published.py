@@ -58,4 +58,4 @@ def cost(method: str, scale: int) -> tuple[int | None, float | None]:
 
 def others(scale: int) -> list[str]:
     """Methods that the tables do not measure, with published figures at this scale."""
-    return [method for method, at in _QUALITY if at == scale and not method.startswith('ATD-light')]
+    return [method for method, at in _QUALITY if at == scale and not method.startswith(('ATD-light', 'SwinIR-light'))]

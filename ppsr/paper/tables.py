@@ -12,7 +12,15 @@ from statistics import mean, stdev
 import torch
 from tqdm import tqdm
 
-from ppsr.archs import ATDLight, ATDLightV2, CAMixerATDLight, PPATDLight, PPATDLightV2
+from ppsr.archs import (
+    ATDLight,
+    ATDLightV2,
+    CAMixerATDLight,
+    PPATDLight,
+    PPATDLightV2,
+    PPSwinIRLight,
+    SwinIRLight,
+)
 from ppsr.archs.build import build_masked, dense_variant
 from ppsr.atomic import atomic_path
 from ppsr.data.benchmark import BENCHMARKS, find_images, read_lq
@@ -40,7 +48,10 @@ __all__ = [
 
 NOT_AVAILABLE, NO_WEIGHTS, NO_DATA = 'not available', 'no weights', 'no data'
 BICUBIC, DENSE, PURE_PASS = 'bicubic', ATDLight.title, PPATDLight.title
-RIVALS = {cls.title: cls.__name__ for cls in (ATDLight, CAMixerATDLight, PPATDLight, ATDLightV2, PPATDLightV2)}
+RIVALS = {
+    cls.title: cls.__name__
+    for cls in (ATDLight, CAMixerATDLight, PPATDLight, ATDLightV2, PPATDLightV2, SwinIRLight, PPSwinIRLight)
+}
 # K and w of the heat map
 GRID_CENTERS, GRID_WINDOWS = (2, 4, 6, 8, 12, 16, 32), (2, 3, 4, 5, 6, 8, 12, 16)
 # ablations: what is changed of the default, one thing at a time

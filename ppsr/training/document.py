@@ -81,20 +81,32 @@ def _table(title: str, section: type[Section], note: str = '') -> str:
 
 def _networks() -> str:
     """Settings of our networks: of one name they mean the same in each."""
-    rows, networks = {}, {}
+    rows, defaults, networks = {}, {}, {}
     for name, cls in ARCH_REGISTRY:
         if cls.__module__.startswith('ppsr.'):
             for argument, parameter in network_arguments(cls).items():
                 kind, nullable = SETTINGS.get(argument, (Kind(), False))
-                rows[argument] = (kind.words + (' or ~' if nullable else ''), _yaml(parameter.default))
+                rows[argument] = kind.words + (' or ~' if nullable else '')
+                defaults.setdefault(argument, {}).setdefault(_yaml(parameter.default), []).append(name)
                 networks.setdefault(argument, []).append(name)
     everywhere = max(networks.values(), key=len)
     table = [
-        (f'`{name}`', *rows[name], 'all' if networks[name] == everywhere else ', '.join(networks[name]))
+        (
+            f'`{name}`',
+            rows[name],
+            _defaults(defaults[name]),
+            'all' if networks[name] == everywhere else ', '.join(networks[name]),
+        )
         for name in sorted(rows, key=lambda name: networks[name] != everywhere)
     ]
     note = f'`type` is one of {", ".join(everywhere)}, or a registered network of another package.'
     return _markdown('network_g', note, ('option', 'value', 'default', 'of'), table)
+
+
+def _defaults(names: dict[str, list[str]]) -> str:
+    """Defaults by the networks that have them: the most common one, then those of others by name."""
+    first, *others = sorted(names, key=lambda default: -len(names[default]))
+    return '; '.join([first, *(f'{default} ({", ".join(names[default])})' for default in others)])
 
 
 def _markdown(title: str, note: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

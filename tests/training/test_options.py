@@ -86,6 +86,19 @@ def test_published_schedule_is_in_the_options():
             assert opt['train']['ema_decay'] == 0.999
 
 
+def test_published_schedule_of_swinir_is_in_the_options():
+    for name in ('pp_swinir_light', 'swinir_light'):
+        x2, x4 = (load_options(REPOSITORY / f'options/{name}_x{s}.yml', True) for s in (2, 4))
+        assert (x2['train']['total_iter'], x4['train']['total_iter']) == (500_000, 250_000)
+        assert x2['train']['scheduler']['milestones'] == [250_000, 400_000, 450_000, 475_000]
+        assert x4['train']['scheduler']['milestones'] == [125_000, 200_000, 225_000, 237_500]
+        for lr, opt in ((2e-4, x2), (1e-4, x4)):
+            adam = {'type': 'Adam', 'lr': lr, 'weight_decay': 0, 'betas': [0.9, 0.999]}
+            assert opt['train']['optim_g'].items() >= adam.items() and opt['train']['warmup_iter'] == -1
+            assert opt['datasets']['train']['batch_size_per_gpu'] == 64
+            assert opt['datasets']['train']['gt_size'] == 64 * opt['scale']
+
+
 def test_arguments_of_a_network_include_those_of_its_base():
     from ppsr.archs import PPATDLight
 
