@@ -16,7 +16,7 @@ from ppsr.cli import main
 from ppsr.errors import UserError
 from ppsr.images import read_picture, write_file
 from ppsr.pictures import batch
-from ppsr.pictures.batch import plan_jobs, run_jobs
+from ppsr.pictures.batch import STREAM, Job, plan_jobs, run_jobs
 from ppsr.pictures.upscaler import Upscaler
 from ppsr.weights import save_checkpoint
 
@@ -351,3 +351,55 @@ def test_a_quality_that_is_none(here, tiny, quality):
     with pytest.raises(UserError, match='quality must be a number from 1 to 100'):
         up.upscale_file(picture(here / 'a.png'), here / 'b.jpg', quality=quality)
     assert os.listdir() == ['a.png']
+
+
+# ------------------------------------------------------------------------------------------------------- planning
+
+
+def test_names_of_outputs(tmp_path):
+    for name in ('a.jpg', 'b.png', 'c.bmp', 'sub/d.tif', '.hidden.png', 'notes.txt'):
+        (tmp_path / 'in' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'in' / name).touch()
+
+    def targets(*inputs, output='out', **options):
+        plan = plan_jobs([str(tmp_path / i) for i in inputs], str(tmp_path / output), **options)
+        return [str(job.target.relative_to(tmp_path)) for job in plan.jobs]
+
+    assert targets('in') == ['out/a_out.jpg', 'out/b_out.png', 'out/c_out.png']
+    assert targets('in', recursive=True) == ['out/a_out.jpg', 'out/b_out.png', 'out/c_out.png', 'out/sub/d_out.tif']
+    assert targets('in/*.[jp][pn]g', suffix='', ext='webp') == ['out/a.webp', 'out/b.webp']
+    assert targets('in/**/*.tif') == ['out/d_out.tif']
+    assert targets('in/a.jpg', output='result.png') == ['result.png']
+    assert targets('in/a.jpg', 'in/a.jpg', 'in') == ['out/a_out.jpg', 'out/b_out.png', 'out/c_out.png']
+    assert plan_jobs(['-'], '-').jobs == [Job(STREAM, STREAM)]
+    assert targets('in', output='in') == ['in/a_out.jpg', 'in/b_out.png', 'in/c_out.png']
+    (tmp_path / 'in' / 'a_out.jpg').touch()  # the result of an earlier run is no input
+    assert targets('in', output='in') == ['in/a_out.jpg', 'in/b_out.png', 'in/c_out.png']
+    (tmp_path / 'in' / 'out').mkdir()
+    (tmp_path / 'in' / 'out' / 'a_out.jpg').touch()
+    assert 'in/out/out/a_out_out.jpg' not in targets('in', output='in/out', recursive=True)
+
+
+@pytest.mark.parametrize(
+    'inputs, output, options, message',
+    [
+        (['nothing.png'], 'out', {}, 'does not exist'),
+        (['*.gif'], 'out', {}, 'matches no file'),
+        (['empty'], 'out', {}, 'no pictures'),
+        (['a.png', 'b.png'], 'x.png', {}, 'one output'),
+        (['a.png', 'b.png'], '-', {}, 'one output'),
+        (['a.png', 'a.jpg'], 'out', {'ext': 'png'}, 'made of a.jpg and of a.png'),
+        (['a.png'], '.', {'suffix': ''}, 'is an input'),
+        (['a.png'], 'a.png', {}, 'is an input'),
+        (['a.png', 'a_out.png'], '.', {}, 'is an input'),
+        (['a.png'], 'out', {'suffix': '../x'}, 'separator'),
+        (['a.png'], 'out', {'ext': 'bmp'}, 'extension'),
+    ],
+)
+def test_plans_that_would_lose_something_are_refused(tmp_path, monkeypatch, inputs, output, options, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ('a.png', 'b.png', 'a.jpg', 'a_out.png'):
+        (tmp_path / name).touch()
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(UserError, match=message):
+        plan_jobs(inputs, output, **options)
