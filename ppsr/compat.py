@@ -15,6 +15,11 @@ import sys
 import types
 from typing import NamedTuple
 
+import torch
+import torchvision
+from torchvision.models import vgg
+from torchvision.transforms.functional import rgb_to_grayscale
+
 __all__ = ['WorkAround', 'apply', 'report']
 
 
@@ -43,8 +48,6 @@ def _functional_tensor() -> WorkAround:
     name = 'torchvision.transforms.functional_tensor'
     present = name not in sys.modules and _missing(name)
     if present:
-        from torchvision.transforms.functional import rgb_to_grayscale
-
         stand_in = types.ModuleType(name, 'Stand-in made by ppsr.compat for basicsr 1.4.2.')
         stand_in.rgb_to_grayscale = rgb_to_grayscale
         sys.modules[name] = stand_in
@@ -113,9 +116,6 @@ class _StandIn(types.ModuleType):
 def _unpickling() -> WorkAround:
     """basicsr reads weights with ``torch.load(path)``. What that executes is for torch's version and for an environment
     variable to decide (everything before 2.6); here it is ``weights_only=True`` always."""
-    import torch
-    from torchvision.models import vgg
-
     torch_for_basicsr = _StandIn(torch, load=functools.partial(torch.load, weights_only=True))
     for name in _LOADING:
         module = importlib.import_module(f'basicsr.{name}')
@@ -137,9 +137,6 @@ def _unpickling() -> WorkAround:
 
 def _vgg(name: str, pretrained: bool = False):
     """``torchvision.models.<name>(pretrained=…)``, with its published weights read as weights only."""
-    import torch
-    import torchvision
-
     net = getattr(torchvision.models, name)(weights=None, **({'init_weights': False} if pretrained else {}))
     if pretrained:
         url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url

@@ -8,7 +8,10 @@ from basicsr.metrics import calculate_metric
 
 from ppsr.archs.build import build_masked
 from ppsr.archs.masked import MaskedNetwork
+from ppsr.data.bicubic import imresize_bicubic
+from ppsr.images import decode_rgb, read_picture, write_file
 from ppsr.shipped import options_file
+from ppsr.weights import resolve
 
 __all__ = ['run_demo']
 
@@ -28,7 +31,6 @@ def run_demo() -> signal.Signals | None:
     from ppsr.data.demo import make_demo_data
     from ppsr.training.test import test_pipeline
     from ppsr.training.train import train_pipeline
-    from ppsr.weights import resolve
 
     start = time.time()
     _say(1, 'Data: photographs that scikit-image ships, LR by exact bicubic')
@@ -85,9 +87,6 @@ def _options(name: str, weights: Path | None) -> dict:
 
 def _bicubic(dataset: dict, opt: dict) -> dict[str, float]:
     """Metrics of MATLAB's bicubic enlargement, the means over the data set."""
-    from ppsr.data.bicubic import imresize_bicubic
-    from ppsr.images import decode_rgb
-
     sums = dict.fromkeys(opt['val']['metrics'], 0.0)
     paths = sorted(Path(dataset['dataroot_lq']).glob('*.png'))
     for path in paths:
@@ -100,8 +99,6 @@ def _bicubic(dataset: dict, opt: dict) -> dict[str, float]:
 
 def _draw(dataset: dict, net: MaskedNetwork, enlarged: Path) -> Path:
     """An overlay of the mask and a comparison for every picture, beside the enlarged ones."""
-    from ppsr.data.bicubic import imresize_bicubic
-    from ppsr.images import read_picture, write_file
     from ppsr.pictures.visualize import comparison, mask_overlay, network_mask, panels
 
     folder = enlarged.parent / f'{dataset["name"]}_masks'

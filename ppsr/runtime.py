@@ -13,6 +13,8 @@ import os
 import sys
 from collections.abc import Iterator
 
+import torch
+
 __all__ = ['forbid_unpickling', 'tune_process']
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
@@ -41,7 +43,6 @@ def tune_process() -> list[str]:
     """Apply the settings once per process; returns a line for each that is in force."""
     if os.environ.get('PPSR_NO_TUNING', '0') not in ('', '0'):
         return []
-    import torch
 
     done = []
     if torch.set_flush_denormal(True):

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from ppsr.archs.build import as_arch, build_network, config_from, dense_variant, derived_buffers, relatives
 from ppsr.archs.masked import as_masked
+from ppsr.archs.settings import MASK_SETTINGS, SETTINGS, check_settings
 from ppsr.atomic import atomic_path
 from ppsr.device import torch_defaults
 from ppsr.errors import UserError
@@ -346,8 +347,6 @@ def described(checkpoint: Checkpoint, arch: str | None = None) -> dict:
         UserError: the file names another network, or settings that none of ours takes or that are out of range; or its
             weights are not those of a network that we know.
     """
-    from ppsr.archs.settings import MASK_SETTINGS, SETTINGS, check_settings
-
     config, state, where = checkpoint.config, checkpoint.state_dict, f'{checkpoint.path}: its configuration'
     if config is None:
         config = guess_config(state)

@@ -3,6 +3,7 @@
 import argparse
 
 from ppsr.cli.numbers import THRESHOLD, Number
+from ppsr.device import resolve_device
 
 IMAGES = Number(5, 10_000)
 
@@ -29,7 +30,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ppsr.calibration.measure import THRESHOLDS, calibrate
-    from ppsr.device import resolve_device
     from ppsr.paper.report import Table
 
     curve, fitted = calibrate(

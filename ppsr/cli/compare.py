@@ -3,8 +3,12 @@
 import os
 from pathlib import Path
 
+from ppsr.archs.build import title_of
+from ppsr.archs.masked import mask_module
 from ppsr.cli.numbers import PIXELS
 from ppsr.cli.upscale import add_network_options, make_upscaler
+from ppsr.errors import UserError
+from ppsr.images import as_rgb, format_of, read_picture, write_file
 
 
 def configure(parser) -> None:
@@ -23,10 +27,6 @@ def configure(parser) -> None:
 
 
 def run(args) -> int:
-    from ppsr.archs.build import title_of
-    from ppsr.archs.masked import mask_module
-    from ppsr.errors import UserError
-    from ppsr.images import as_rgb, format_of, read_picture, write_file
     from ppsr.pictures.compare import compare, table
     from ppsr.pictures.visualize import comparison, panels
 

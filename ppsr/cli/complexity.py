@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ppsr.cli.numbers import Number
+from ppsr.errors import UserError
 from ppsr.shipped import options_file
 
 
@@ -28,7 +29,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ppsr.data.benchmark import find_images, read_lq
-    from ppsr.errors import UserError
     from ppsr.paper import complexity
 
     net = complexity.build_from_options(args.opt)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ppsr.cli.numbers import Number
+from ppsr.errors import UserError
 
 
 def configure(parser) -> None:
@@ -18,7 +19,6 @@ def configure(parser) -> None:
 
 def run(args) -> int:
     from ppsr.convert import convert
-    from ppsr.errors import UserError
 
     source, target = Path(args.input), Path(args.output)
     if target.exists() and not args.overwrite:

@@ -1,12 +1,13 @@
 """``ppsr demo``"""
 
+import ppsr  # noqa: F401, registers
+
 
 def configure(parser) -> None:
     pass
 
 
 def run(args) -> int:
-    import ppsr  # noqa: F401, registers
     from ppsr.demo import run_demo
 
     stopped_by = run_demo()

@@ -7,6 +7,13 @@ import platform
 import shutil
 import sys
 
+import torch
+
+from ppsr import compat
+from ppsr.ops import dispatch, native
+from ppsr.version import __version__
+from ppsr.weights import list_pretrained
+
 PACKAGES = ('torch', 'torchvision', 'basicsr', 'numpy', 'opencv-python', 'lmdb', 'timm', 'safetensors', 'triton')
 
 # What basicsr 1.4.2 does wrong at run time: done right in our own code instead of being patched. The import breakages
@@ -38,19 +45,10 @@ def _version(package: str) -> str | None:
 
 
 def _no_gpu() -> bool:
-    import torch
-
     return not torch.cuda.is_available()
 
 
 def run(args) -> int:
-    import torch
-
-    from ppsr import compat
-    from ppsr.ops import dispatch, native
-    from ppsr.version import __version__
-    from ppsr.weights import list_pretrained
-
     healthy = True
     print(f'ppsr {__version__}, Python {platform.python_version()}, {platform.platform()}')
     for package in PACKAGES:

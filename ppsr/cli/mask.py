@@ -2,7 +2,12 @@
 
 import sys
 
+from ppsr.archs import PPATDLight
+from ppsr.archs.build import network_arguments
 from ppsr.cli.numbers import CENTERS, PIXELS, THRESHOLD, WINDOW, Number
+from ppsr.errors import UserError
+from ppsr.images import as_rgb, atomic_file, format_of, read_picture, write_picture
+from ppsr.masks import build_mask
 
 
 def configure(parser) -> None:
@@ -25,11 +30,6 @@ def configure(parser) -> None:
 
 
 def run(args) -> int:
-    from ppsr.archs import PPATDLight
-    from ppsr.archs.build import network_arguments
-    from ppsr.errors import UserError
-    from ppsr.images import as_rgb, atomic_file, format_of, read_picture, write_picture
-    from ppsr.masks import build_mask
     from ppsr.pictures.batch import STREAM, exists, open_source, plan_jobs
     from ppsr.pictures.visualize import enlarge_nearest, mask_overlay, network_mask
 

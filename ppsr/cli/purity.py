@@ -6,6 +6,7 @@ import json
 from tqdm import tqdm
 
 from ppsr.cli.numbers import CENTERS, PIXELS, SCALE, THRESHOLD, WINDOW
+from ppsr.errors import UserError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ppsr.data.benchmark import find_images, read_lq
-    from ppsr.errors import UserError
     from ppsr.paper import purity
 
     if args.mask != 'colour':

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ppsr.cli.numbers import SCALE
 from ppsr.shipped import options_file
+from ppsr.weights import list_pretrained
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +41,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ppsr.paper.tables import make
-    from ppsr.weights import list_pretrained
 
     weights = args.weights or list(list_pretrained().values())
     command = shlex.join(['ppsr', *sys.argv[1:]])

@@ -3,6 +3,7 @@
 import sys
 
 from ppsr.cli.train import add_run_options, load
+from ppsr.training.distributed import leave_dist
 
 
 def configure(parser) -> None:
@@ -10,7 +11,6 @@ def configure(parser) -> None:
 
 
 def run(args) -> int:
-    from ppsr.training.distributed import leave_dist
     from ppsr.training.test import test_pipeline, without_score
 
     opt, _ = load(args, is_train=False)

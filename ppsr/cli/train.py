@@ -6,7 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import ppsr  # noqa: F401, registers
+from ppsr.errors import UserError
 from ppsr.shipped import options_file
+from ppsr.training.distributed import init_dist, leave_dist
 
 MAX_OPTIONS = 2**24  # characters of an options file; a pipe may have no end
 
@@ -29,9 +32,7 @@ def add_run_options(parser) -> None:
 def load(args, is_train: bool) -> tuple[dict, str | None]:
     """Options of a run, with its data and its processes checked before anything is built; and the text of their file
     where that cannot be read again."""
-    import ppsr  # noqa: F401, registers
     from ppsr.data.checks import check_datasets
-    from ppsr.training.distributed import init_dist
     from ppsr.training.options import load_options
 
     with _readable_twice(args.opt) as (path, text):
@@ -44,8 +45,6 @@ def load(args, is_train: bool) -> tuple[dict, str | None]:
 @contextlib.contextmanager
 def _readable_twice(path: str) -> Iterator[tuple[str, str | None]]:
     """A pipe (``-opt <(…)``) is read once, into a file for the time of this block, and its text is returned, too."""
-    from ppsr.errors import UserError
-
     if not Path(path).is_fifo():
         yield path, None
         return
@@ -61,7 +60,6 @@ def _readable_twice(path: str) -> Iterator[tuple[str, str | None]]:
 
 
 def run(args) -> int:
-    from ppsr.training.distributed import leave_dist
     from ppsr.training.train import train_pipeline
 
     opt, text = load(args, is_train=True)

@@ -5,7 +5,8 @@ import sys
 
 from ppsr.archs.masked import SCOPES
 from ppsr.cli.numbers import PIXELS, THRESHOLD, Number
-from ppsr.pictures.upscaler import OUTSCALES
+from ppsr.errors import UserError
+from ppsr.pictures.upscaler import OUTSCALES, Upscaler
 
 
 def add_weights_options(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +46,6 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
 
 def chosen_network(args) -> dict:
     """What :func:`add_weights_options` chose: arguments of :func:`ppsr.load_model` and of Upscaler.from_pretrained."""
-    from ppsr.errors import UserError
-
     given = {name: getattr(args, name) for name in ('mask', 'threshold', 'scope')}
     given = {name: value for name, value in given.items() if value is not None}
     if args.no_pure_pass and given:
@@ -63,8 +62,6 @@ def chosen_network(args) -> dict:
 
 def make_upscaler(args, **options):
     """An Upscaler from the options of :func:`add_network_options`."""
-    from ppsr.pictures.upscaler import Upscaler
-
     upscaler = Upscaler.from_pretrained(
         **chosen_network(args),
         max_loss=args.max_loss,

@@ -54,6 +54,7 @@ from ppsr.tiling import (
     tiled_bands,
     tiled_mask,
 )
+from ppsr.weights import default_model, load_model, read_checkpoint, resolve
 
 __all__ = ['DTYPES', 'Stats', 'Upscaler', 'resolve_device', 'resolve_dtype']
 
@@ -196,8 +197,6 @@ class Upscaler:
             UserError: no such weights, or they do not fit; wishes that exclude each other, or that these weights have
                 nothing measured for.
         """
-        from ppsr.weights import default_model, load_model, read_checkpoint, resolve
-
         device = resolve_device(device)
         if path_or_name is None:
             outscale = options.get('outscale')

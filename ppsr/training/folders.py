@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from basicsr.utils import get_root_logger
+
 from ppsr.atomic import atomic_path
 from ppsr.errors import UserError
 from ppsr.locks import Lock
@@ -119,8 +121,6 @@ class RunLog:
     """
 
     def __init__(self, rank: int):
-        from basicsr.utils import get_root_logger
-
         self.rank, self.logger = rank, get_root_logger()
         self._file: logging.FileHandler | None = None
         self._held = logging.handlers.MemoryHandler(HELD_RECORDS, logging.CRITICAL + 1, flushOnClose=False)

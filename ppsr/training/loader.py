@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
+from basicsr.data.prefetch_dataloader import CUDAPrefetcher
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ppsr.data.synthetic_graphics import graphics_batch, graphics_shape
@@ -79,7 +80,6 @@ class TrainBatches:
         if not self.prefetch:
             yield from batches
             return
-        from basicsr.data.prefetch_dataloader import CUDAPrefetcher
 
         prefetcher = CUDAPrefetcher(batches, self.opt)
         while (batch := prefetcher.next()) is not None:

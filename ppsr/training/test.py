@@ -6,7 +6,15 @@
 import math
 from pathlib import Path
 
+from basicsr.data import build_dataloader, build_dataset
+from basicsr.models import build_model
+from basicsr.utils import get_env_info, get_time_str, set_random_seed
+from basicsr.utils.options import dict2str
+
+from ppsr.errors import UserError
 from ppsr.runtime import forbid_unpickling
+from ppsr.training.distributed import from_first
+from ppsr.training.folders import RunLog, locked, make_fresh
 
 __all__ = ['test_pipeline']
 
@@ -23,15 +31,6 @@ def test_pipeline(opt: dict) -> dict[str, dict[str, float]]:
         UserError: another test is in the folder, or data, weights or options that do not fit; an older test of the
             name is where it was.
     """
-    from basicsr.data import build_dataloader, build_dataset
-    from basicsr.models import build_model
-    from basicsr.utils import get_env_info, get_time_str, set_random_seed
-    from basicsr.utils.options import dict2str
-
-    from ppsr.errors import UserError
-    from ppsr.training.distributed import from_first
-    from ppsr.training.folders import RunLog, locked, make_fresh
-
     root = Path(opt['path']['results_root'])
     with locked(root, 'the folder of results'), RunLog(opt['rank']) as log:
         logger = log.logger

@@ -14,8 +14,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from basicsr.data import build_dataloader, build_dataset
+from basicsr.models import build_model
+from basicsr.utils import (
+    AvgTimer,
+    MessageLogger,
+    get_env_info,
+    get_time_str,
+    init_tb_logger,
+    init_wandb_logger,
+    set_random_seed,
+)
+from basicsr.utils.options import dict2str
 
+from ppsr.errors import UserError
 from ppsr.runtime import forbid_unpickling
+from ppsr.training.checkpoints import find_state, model_of, remove_leftovers
+from ppsr.training.distributed import any_process, from_first, raise_in_all
+from ppsr.training.folders import RunLog, archive, keep_options, locked, make_fresh, read_text
+from ppsr.training.loader import TrainBatches
+from ppsr.training.stopping import StopSignals
 
 __all__ = ['train_pipeline']
 
@@ -41,12 +59,6 @@ def train_pipeline(opt: dict, opt_path: str | Path, opt_text: str | None = None)
             weights that are no longer finite, a validation whose values were not numbers, a state that cannot be
             resumed.
     """
-    from basicsr.models import build_model
-    from basicsr.utils import get_env_info, set_random_seed
-    from basicsr.utils.options import dict2str
-
-    from ppsr.training.folders import RunLog, locked, read_text
-
     text = read_text(opt_path) if opt_text is None else opt_text
     with locked(opt['path']['experiments_root'], 'experiment'), RunLog(opt['rank']) as log:
         logger = log.logger
@@ -81,9 +93,6 @@ def train_pipeline(opt: dict, opt_path: str | Path, opt_text: str | None = None)
 
 def _find_resume_state(opt: dict) -> tuple[dict | None, list[str]]:
     """The state to go on from, and what is to be said about it; sets where the weights that belong to it are read."""
-    from ppsr.training.checkpoints import find_state, model_of
-    from ppsr.training.distributed import from_first
-
     paths = opt['path']
     ignored = paths.get('ignore_resume_networks') or ()
     labels = [key.removeprefix('network_') for key in opt if key.startswith('network_') and key not in ignored]
@@ -108,13 +117,6 @@ def _make_folders(opt: dict, resuming: bool, opt_path: str | Path, opt_text: str
     Raises:
         UserError: the disk refuses; an older run is where it was.
     """
-    from basicsr.utils import get_time_str
-
-    from ppsr.errors import UserError
-    from ppsr.training.checkpoints import remove_leftovers
-    from ppsr.training.distributed import from_first
-    from ppsr.training.folders import archive, keep_options, make_fresh
-
     root = Path(opt['path']['experiments_root'])
     subfolders = ['models', 'training_states', 'visualization']
 
@@ -159,10 +161,6 @@ def _start_wandb(opt: dict) -> None:
     Raises:
         UserError: wandb does not start (not logged in, no network).
     """
-    from basicsr.utils import init_wandb_logger
-
-    from ppsr.errors import UserError
-    from ppsr.training.distributed import from_first
 
     def start() -> None:
         try:
@@ -182,17 +180,12 @@ def _tensorboard(opt: dict):
     """The writer of the first process, or None."""
     if not _uses_tensorboard(opt) or opt['rank'] != 0:
         return None
-    from basicsr.utils import init_tb_logger
 
     return init_tb_logger(log_dir=str(_tensorboard_folder(opt)))
 
 
 def _build_data(opt: dict, logger: logging.Logger) -> tuple:
     """Training batches, and the loader of each validation set."""
-    from basicsr.data import build_dataloader, build_dataset
-
-    from ppsr.training.loader import TrainBatches
-
     batches, val_loaders = None, []
     for phase, dataset_opt in opt['datasets'].items():
         dataset = build_dataset(dataset_opt)
@@ -236,8 +229,6 @@ class _Run:
         Whatever fails between two iterations (a broken image, a killed loader worker, a metric), in whichever process,
         ends all of them; a checkpoint is saved first.
         """
-        from ppsr.training.stopping import StopSignals
-
         with StopSignals(several_processes=self.opt['world_size'] > 1) as signals:
             self.model.stop_requested = lambda: signals.received is not None
             try:
@@ -259,8 +250,6 @@ class _Run:
 
     def _iterate(self) -> bool:
         """All iterations that are left; False when asked to stop on the way."""
-        from basicsr.utils import AvgTimer, MessageLogger
-
         message_logger = MessageLogger(self.opt, self.iteration, self.tb_logger)
         data_timer, iter_timer = AvgTimer(), AvgTimer()
         while self.iteration < self.total:
@@ -292,8 +281,6 @@ class _Run:
 
     def _batches(self) -> Iterator[dict]:
         """What is left of the epoch; what goes wrong with a batch in one process is raised in all."""
-        from ppsr.training.distributed import raise_in_all
-
         batches = self.batches.epoch(self.epoch, self.batch)
         while True:
             data = error = None
@@ -308,8 +295,6 @@ class _Run:
 
     def _after_iteration(self) -> bool:
         """Save and validate where it is time; False when asked to stop."""
-        from ppsr.training.distributed import any_process
-
         if self.iteration % self.opt['logger']['save_checkpoint_freq'] == 0:
             self.logger.info('Saving models and training states.')
             self._save()
@@ -331,8 +316,6 @@ class _Run:
 
     def _save_what_is_whole(self) -> None:
         """After a failure, which is what will be told; that of a checkpoint is told beside it."""
-        from ppsr.errors import UserError
-
         if not self.whole or self.iteration in (0, self.saved_at):
             return
         try:
@@ -349,8 +332,6 @@ class _Run:
 
     def _validate(self) -> bool:
         """Validate on every set; False when asked to stop on the way."""
-        from ppsr.training.distributed import any_process
-
         for val_loader in self.val_loaders:
             self.model.validation(val_loader, self.iteration, self.tb_logger, self.opt['val']['save_img'])
             if any_process(self.model.stop_requested(), self.model.device):
@@ -364,8 +345,6 @@ class _Run:
         Raises:
             UserError: naming the first image.
         """
-        from ppsr.errors import UserError
-
         unscored = getattr(self.model, 'unscored', [])  # other packages' models do not look
         if unscored:
             raise UserError(
