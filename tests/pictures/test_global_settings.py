@@ -107,8 +107,9 @@ def folder(tmp_path_factory):
     pixels[:20, :25] = (200, 30, 40, 255)
     for name, form in (('x.png', 'PNG'), ('x.jpg', 'JPEG'), ('x.webp', 'WEBP'), ('x.tif', 'TIFF')):
         kept = pixels if form in ('PNG', 'TIFF') else np.ascontiguousarray(pixels[..., :3])
-        with open(folder / name, 'wb') as file:
-            write_picture(file, form, kept.shape, kept.dtype, [kept])
+        for kind, part in (('x', kept), ('small', kept[12:24, 16:30])):  # small: one tile, partly flat
+            with open(folder / f'{kind}{name[1:]}', 'wb') as file:
+                write_picture(file, form, part.shape, part.dtype, [part])
     return folder
 
 
@@ -117,15 +118,15 @@ def results(folder) -> dict:
     upscaler = Upscaler.from_pretrained(folder / 'x.safetensors', device='cpu', outscale=1.7, tile=24, tile_overlap=8)
     found = {}
     for name in ('x.png', 'x.jpg', 'x.webp', 'x.tif'):
-        pixels = upscaler.read(folder / name).pixels
-        found[name], stats = upscaler.upscale_with_stats(pixels)
-        found[f'{name}: mask'], found[f'{name}: mask alone'] = stats.mask, upscaler.mask(pixels)
+        found[f'{name}: read'] = upscaler.read(folder / name).pixels
         found[f'{name}: of a data set'] = decode_rgb(folder / name)
+    found['x.png'], stats = upscaler.upscale_with_stats(found['x.png: read'])
+    found['x.png: mask'], found['x.png: mask alone'] = stats.mask, upscaler.mask(found['x.png: read'])
     for form in ('jpg', 'png', 'webp', 'tif'):
-        upscaler.upscale_file(folder / 'x.webp', folder / f'out.{form}')
+        upscaler.upscale_file(folder / 'small.webp', folder / f'out.{form}')
         found[f'written {form}'] = np.frombuffer((folder / f'out.{form}').read_bytes(), np.uint8)
     stream = io.BytesIO()
-    upscaler.upscale_file(folder / 'x.tif', stream)
+    upscaler.upscale_file(folder / 'small.tif', stream)
     found['stream'] = np.frombuffer(stream.getvalue(), np.uint8)
     gt = decode_rgb(folder / 'x.jpg')
     lq = imresize_bicubic(gt[:36, :44], 2)
