@@ -125,10 +125,10 @@ def _lower(net: MaskedNetwork, height: int, width: int, exir, partitioner) -> by
     return exir.to_edge_transform_and_lower(program, partitioner=[partitioner()]).to_executorch().buffer
 
 
-def run_executorch(path: str | Path) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
+def run_executorch(path: str | Path) -> tuple[str, Callable[[np.ndarray], list[np.ndarray]]]:
     """Name of the runtime, and a function that runs the program in it."""
     runtime, _ = need('executorch', 'ExecuTorch', 'executorch.runtime', 'executorch')
     program = runtime.Runtime.get().load_program(Path(path))
     method = program.load_method('forward')
     name = f'ExecuTorch {importlib.metadata.version("executorch")}'
-    return name, lambda lq: method.execute((torch.from_numpy(lq),))[0].numpy()
+    return name, lambda lq: [method.execute((torch.from_numpy(lq),))[0].numpy()]

@@ -45,7 +45,7 @@ def test_equal_on_sizes_that_were_not_seen(exported):
     comparisons = list(check(folder / 'x.onnx', rounded_to_half(net)))
     assert len(comparisons) >= 4
     for comparison in comparisons:
-        assert comparison.good and (comparison.error < 1e-4 or comparison.ties), str(comparison)
+        assert comparison.good and comparison.error < 1e-4 and comparison.flips is not None, str(comparison)
     assert {c.pure for c in comparisons} >= {1.0} and any(0 < c.pure < 1 for c in comparisons)
     other = lively(PPATDLight(**CONFIG))
     assert not all(c.good for c in check(folder / 'x.onnx', other, sizes=[(1, 9, 9)]))
