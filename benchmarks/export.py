@@ -44,7 +44,7 @@ def measure(args: argparse.Namespace) -> None:
     pictures = {'dense': noise(height, width), 'partly pure': partly_pure(height, width, args.share)}
     with torch.inference_mode():
         shares = {name: net.mask_of(lq).float().mean().item() for name, lq in pictures.items()}
-    runs = {'native': on('native', net), 'torch': on('torch', net)}
+    runs = {name: lambda lq, name=name: on(name, lambda: net(lq))() for name in ('native', 'torch')}
     if not args.no_compile:
         runs['torch.compile, native attention'] = torch.compile(net, dynamic=False)
     with tempfile.TemporaryDirectory() as folder:
