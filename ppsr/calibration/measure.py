@@ -8,11 +8,12 @@ from statistics import mean
 
 import numpy as np
 import torch
+from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor
 from tqdm import tqdm
 
 from ppsr.archs.build import build_network, masked_variant
-from ppsr.archs.masked import SCOPES, MaskedNetwork
+from ppsr.archs.masked import MaskedNetwork
 from ppsr.calibration.curve import AGAINST, KEY, Curve, Point
 from ppsr.calibration.stand_in import fit_stand_ins
 from ppsr.data.benchmark import find_images, read_pair
@@ -22,6 +23,7 @@ from ppsr.errors import UserError
 from ppsr.images import decode_rgb, to_image, to_tensor
 from ppsr.masks import build_mask
 from ppsr.metrics import psnr
+from ppsr.registry import registered
 from ppsr.weights import Checkpoint, build_and_load, described, load_into, read_checkpoint, resolve, save_checkpoint
 
 __all__ = ['FEWEST', 'THRESHOLDS', 'calibrate', 'evenly', 'load_with_stand_in', 'measure_curve']
@@ -107,7 +109,8 @@ def measure_curve(
     device = next(net.parameters()).device
     masks = {('colour', None): net.pure_pass}
     masks |= {('variance', t): build_mask('variance', threshold=t).to(device) for t in sorted(set(thresholds))}
-    settings = [(scope, *key, mask) for scope in (('category',), net.scopes) for key, mask in masks.items()]
+    scopes = dict.fromkeys((net.scopes[:1], net.scopes))  # one, where there is one attention alone
+    settings = [(scope, *key, mask) for scope in scopes for key, mask in masks.items()]
     losses, saved = ([[] for _ in settings] for _ in range(2))
     total = len(paths) * (1 + len(settings))
     with torch.inference_mode(), tqdm(total=total, desc='curve', unit='run', leave=False, disable=None) as progress:
@@ -138,7 +141,7 @@ def measure_curve(
 
 
 def load_with_stand_in(checkpoint: Checkpoint) -> tuple[MaskedNetwork, dict, bool]:
-    """The network with both attentions in its scope, in eval mode, its configuration in files, and whether the file has
+    """The network with all attentions in its scope, in eval mode, its configuration in files, and whether the file has
     a stand-in for window attention; else that of the network is random.
 
     Raises:
@@ -148,12 +151,15 @@ def load_with_stand_in(checkpoint: Checkpoint) -> tuple[MaskedNetwork, dict, boo
     config = masked_variant(described(checkpoint), str(checkpoint.path))
     if checkpoint.config is None:  # guessed: without a word on Pure-Pass, the setting is the paper's
         config = {name: value for name, value in config.items() if not name.startswith('pp_')}
-    paper = config | {'pp_scope': ['category'], 'pp_mask': 'colour', 'pp_threshold': None}
+    scopes = registered(ARCH_REGISTRY, config['type']).scopes
+    paper = config | {'pp_scope': [scopes[0]], 'pp_mask': 'colour', 'pp_threshold': None}
+    if scopes[0] == 'window':
+        paper['pp_window_compensation'] = 'value'
     with torch_defaults():
         # refuses what does not fit before memory is taken
         build_and_load(lambda: build_network(paper, where), checkpoint, config['type'])
-        both = paper | {'pp_scope': list(SCOPES), 'pp_window_compensation': 'linear'}
-        net = build_network(both, where)
+        every = paper | {'pp_scope': list(scopes), 'pp_window_compensation': 'linear'}
+        net = build_network(every, where)
     own = {name: value for name, value in net.state_dict().items() if '.comp.' in name}
     has_stand_in = own.keys() <= checkpoint.state_dict.keys()
     load_into(net, replace(checkpoint, state_dict=own | checkpoint.state_dict))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from support import TINY
 
-from ppsr.archs import ATDLight, CAMixerATDLight, PPATDLight
+from ppsr.archs import ATDLight, CAMixerATDLight, PPATDLight, SwinIRLight
 from ppsr.archs.window_compensation import mean5
 from ppsr.calibration import Curve, Point, Wish, choose, curve_of
 from ppsr.calibration.measure import calibrate
@@ -60,6 +60,16 @@ def calibrated(data, dense_weights):
     curve, fitted = calibrate(dense_weights, data, path, thresholds=[0.05, 0.2])
     assert fitted
     return path, curve
+
+
+def test_a_network_with_window_attention_alone(data, tmp_path):
+    sizes = dict(upscale=2, embed_dim=16, depths=[2], num_heads=[2])
+    save_checkpoint(tmp_path / 'dense.pth', SwinIRLight(**sizes).state_dict())
+    curve, fitted = calibrate(tmp_path / 'dense.pth', data, tmp_path / 'out.safetensors', thresholds=[0.05])
+    assert fitted and {point.scope for point in curve.points} == {('window',)} and len(curve.points) == 2
+    upscaler = Upscaler.from_pretrained(tmp_path / 'out.safetensors', max_loss=10, device='cpu')
+    upscaler(np.full((16, 16, 3), 90, np.uint8))
+    assert upscaler.stats.pure_share == 1 and upscaler.stats.saved_share > 0
 
 
 # ------------------------------------------------------------------------------------------------------- the stand-in
