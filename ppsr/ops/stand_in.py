@@ -59,11 +59,6 @@ def mean5(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, (5, 1), stride=1, padding=(2, 0), count_include_pad=False).permute(0, 2, 3, 1)
 
 
-def _none(pure: Tensor) -> bool:
-    """Whether there is nothing to do: no pure token, and nobody who wants a gradient of zeros."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or pure.any())
-
-
 def fill_pure(out: Tensor, pure: Tensor, maps: Callable[[], Sequence[Tensor]], rows: Callable[..., Tensor]) -> Tensor:
     """What stands in for attention, in the rows of its pure tokens.
 
@@ -77,11 +72,11 @@ def fill_pure(out: Tensor, pure: Tensor, maps: Callable[[], Sequence[Tensor]], r
         (B, H, W, C). Under torch.compile, where a number of rows that depends on the data would break the graph,
         `rows` sees all tokens.
     """
-    if _none(pure):
-        return out
     if torch.compiler.is_compiling():
         return torch.where(pure[..., None], rows(*maps()).to(out.dtype), out)
     index = pure.flatten().nonzero().squeeze(1)
+    if not (index.numel() or torch.is_grad_enabled()):  # with gradients, those of nothing are zeros and not absent
+        return out
     found = rows(*(m.flatten(0, 2)[index] for m in maps())).to(out.dtype)
     flat = out.flatten(0, 2)
     if torch.is_grad_enabled():
