@@ -7,6 +7,7 @@ run code is refused.
 
 import io
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -92,7 +93,7 @@ def read_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
         UserError: no such file, not a weight file, or one that contains more than weights.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f'{path}: no such weight file.')
     if path.suffix == '.safetensors':
         return _read_safetensors(path)
@@ -434,7 +435,7 @@ def resolve(path_or_name: str | Path | None = None) -> Path:
     name, shipped = str(DEFAULT_MODEL if path_or_name is None else path_or_name), list_pretrained()
     if name in shipped:
         return shipped[name]
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return Path(name)
     there = f'the shipped weights are called {", ".join(shipped)}' if shipped else 'none are shipped'
     raise UserError(f'{name}: no such weight file, and {there}.')

@@ -427,7 +427,9 @@ def test_commands_unpickle_nothing_whatever_the_default_of_torch(tmp_path, setti
     (tmp_path / 'o.yml').write_text('network_g: {type: SpyNet, load_path: evil.bin}')
     environment = {setting: '1'} if setting else {}
     process = Process(['complexity', '-opt', 'o.yml'], cwd=tmp_path, environment=environment)
-    assert process.wait() != 0 and not (tmp_path / 'executed').exists(), process.stdout + process.stderr
+    assert process.wait() == 2 and not (tmp_path / 'executed').exists(), process.stdout + process.stderr
+    assert b'network_g: SpyNet cannot be built: Weights only load failed' in process.stderr
+    assert b'Traceback' not in process.stderr
 
 
 @pytest.mark.parametrize('dtype, device', [(torch.bfloat16, None), (torch.float64, None), (torch.float32, 'meta')])

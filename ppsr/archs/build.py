@@ -5,6 +5,7 @@ arguments. Networks of other packages are built in the same way.
 """
 
 import inspect
+import pickle
 from collections.abc import Mapping
 
 from basicsr.utils.registry import ARCH_REGISTRY
@@ -87,8 +88,9 @@ def build_network(network: Mapping, where: str = 'network_g', dense: bool = Fals
     arguments = {name: value for name, value in network.items() if name != 'type'}
     try:
         net = registered(ARCH_REGISTRY, network['type'])(**arguments).eval()
-    except (ValueError, TypeError) as e:
-        raise UserError(f'{where}: {network["type"]} cannot be built: {str(e).rstrip(".")}.') from e
+    except (ValueError, TypeError, OSError, EOFError, pickle.UnpicklingError) as e:  # others open files, and more
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip('.')
+        raise UserError(f'{where}: {network["type"]} cannot be built: {reason}.') from e
     contract = as_masked(net)
     if dense and contract is not None:
         contract.exempt_nothing()

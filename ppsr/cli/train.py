@@ -1,6 +1,7 @@
 """``ppsr train``"""
 
 import contextlib
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def load(args, is_train: bool) -> tuple[dict, str | None]:
 @contextlib.contextmanager
 def _readable_twice(path: str) -> Iterator[tuple[str, str | None]]:
     """A pipe (``-opt <(…)``) is read once, into a file for the time of this block, and its text is returned, too."""
-    if not Path(path).is_fifo():
+    if not os.path.exists(path) or not Path(path).is_fifo():
         yield path, None
         return
     with open(path, encoding='utf-8', errors='replace') as pipe:

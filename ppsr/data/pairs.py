@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ppsr.data.lmdb_store import open_lmdb, read_lmdb, read_meta_info
 from ppsr.errors import DataError
-from ppsr.images import image_size, list_images
+from ppsr.images import image_size, is_special, list_images
 
 __all__ = ['FolderPairs', 'LmdbPairs', 'check_pair_sizes', 'open_pairs', 'option', 'read_names']
 
@@ -230,6 +230,8 @@ def read_names(meta_info_file: str) -> list[str]:
     Raises:
         DataError: it cannot be read, or names no images.
     """
+    if is_special(meta_info_file):
+        raise DataError(f'meta_info_file {meta_info_file} is no regular file.')
     try:
         with open(meta_info_file, encoding='utf-8-sig') as lines:  # an editor on Windows begins it with a mark
             names = [_META_SHAPE.split(line.strip().split('\t')[0])[0].rstrip() for line in lines if line.strip()]

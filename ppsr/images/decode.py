@@ -316,7 +316,9 @@ def _user_errors(name: str) -> Iterator[None]:
     except UnidentifiedImageError:  # would name an object of ours
         raise UserError(f'{name} is damaged or incomplete: its header cannot be read.') from None
     except Exception as error:
-        reason = (getattr(error, 'strerror', None) or str(error)).split('\n')[0].rstrip('.') or type(error).__name__
+        if isinstance(error, OSError) and error.strerror:  # the system's: Pillow's have no number
+            raise UserError(f'{name} cannot be read: {error.strerror}.') from None
+        reason = str(error).split('\n')[0].rstrip('.') or type(error).__name__
         raise UserError(f'{name} is damaged or incomplete: {reason}.') from error
 
 

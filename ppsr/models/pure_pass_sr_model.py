@@ -538,8 +538,10 @@ def _as_user_error(where: str) -> Iterator[None]:
         TypeError,
         ValueError,
         cv2.error,
+        pickle.UnpicklingError,
     ) as e:
-        raise UserError(f'{where}: {str(e) or type(e).__name__}'.rstrip('.') + '.') from e
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip('.')
+        raise UserError(f'{where}: {reason}.') from e
 
 
 def first_not_finite(net: torch.nn.Module) -> str | None:

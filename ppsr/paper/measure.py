@@ -21,7 +21,7 @@ from ppsr.data.benchmark import read_pair
 from ppsr.data.bicubic import imresize_bicubic
 from ppsr.data.layout import Source
 from ppsr.errors import UserError
-from ppsr.images import to_image, to_tensor
+from ppsr.images import is_special, to_image, to_tensor
 from ppsr.metrics import SSIM_WINDOW, psnr_ssim
 from ppsr.paper.complexity import image_cost
 from ppsr.weights import load_into, read_checkpoint
@@ -48,6 +48,8 @@ class Cache:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._records: dict[str, dict] = {}
+        if is_special(path):
+            raise UserError(f'{path} is no regular file; name another for the cache.')
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             text = self.path.read_text(encoding='utf-8') if self.path.exists() else ''

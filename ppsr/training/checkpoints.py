@@ -6,6 +6,7 @@ state is written last, so a state that is there has its weights. Reading execute
 
 import io
 import math
+import os
 import random
 import re
 from collections.abc import Collection, Sequence
@@ -56,7 +57,7 @@ def read_state(path: str | Path) -> dict:
     Raises:
         UserError: missing, unreadable, holding more than numbers, or not a training state in one of its parts.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f'training state {path} does not exist.')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)

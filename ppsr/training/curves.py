@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from ppsr.atomic import atomic_path
 from ppsr.errors import UserError
+from ppsr.images import is_special
 from ppsr.paper.plots import COLOURS, STYLE
 
 __all__ = ['Curves', 'draw', 'read_log', 'read_training']
@@ -59,6 +60,8 @@ def read_log(path: str | Path) -> Curves:
         UserError: it cannot be read.
     """
     curves, options, iteration, data_set = Curves(), {}, 0, None
+    if is_special(path):
+        raise UserError(f'{path} is no regular file; give the log of a training.')
     try:
         lines = Path(path).read_text(encoding='utf-8', errors='replace').splitlines()
     except OSError as e:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from processes import Process
 from tiny_training import options, write_options, write_pairs
 
@@ -211,6 +212,37 @@ def test_decompression_bombs_are_refused_before_memory_is_taken(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
+
+
+NAME = 'a' * 300  # longer than the name of a file may be
+
+
+@pytest.mark.parametrize(
+    'command',
+    [
+        f'upscale -i {NAME}.png -o out',
+        f'upscale -i p.png -o {NAME}.png',
+        f'upscale -i p.png -o out.png --model-path {NAME}.pth',
+        f'mask -i {NAME}.png -o out.png',
+        f'compare -i {NAME}.png -o out.png',
+        f'convert -i {NAME}.pth -o out.pth',
+        f'purity --data {NAME}',
+        f'prepare --hr {NAME} --name A --scale 2 -o out',
+        f'complexity -opt {NAME}',
+        f'tables --data {NAME}',
+        f'train -opt {NAME}',
+        f'test -opt {NAME}',
+        f'study -opt {NAME}',
+    ],
+    ids=lambda command: command.replace(NAME, 'NAME'),
+)
+def test_names_that_no_file_can_have_are_one_sentence(here, capfd, command):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save('p.png')
+    capfd.readouterr()
+    assert main(command.split()) == 2
+    said = capfd.readouterr().err
+    assert said.startswith('ppsr: error: ') and said.count('\n') == 1
+    assert [path for path in here.rglob('*') if path.is_file()] == [here / 'p.png']
 
 
 def test_training_from_a_broken_picture_is_one_sentence(here, capfd):

@@ -1,5 +1,6 @@
 """PairedSRDataset and the checks of data sets: samples equal to basicsr's, and one sentence for whatever is wrong."""
 
+import os
 import pickle
 import random
 import shutil
@@ -19,6 +20,7 @@ from PIL import Image
 from ppsr.data.checks import check_datasets
 from ppsr.data.lmdb_store import build_lmdb, open_lmdb
 from ppsr.data.paired_sr_dataset import PairedSRDataset
+from ppsr.data.pairs import read_names
 from ppsr.errors import DataError, UserError
 from ppsr.images import decode_rgb, image_size
 
@@ -143,6 +145,16 @@ def test_meta_info_file_selects(root):
     with pytest.raises(DataError) as error:
         PairedSRDataset(options(root, meta_info_file=str(meta)))
     assert_one_sentence(error, 'nobody.png')
+
+
+@pytest.mark.parametrize('kind', ['pipe', 'device'])
+def test_meta_info_file_without_an_end_is_refused(tmp_path, kind):
+    path = '/dev/zero'
+    if kind == 'pipe':
+        path = tmp_path / 'pipe'
+        os.mkfifo(path)
+    with pytest.raises(DataError, match=f'meta_info_file {path} is no regular file'):
+        read_names(str(path))
 
 
 @pytest.mark.parametrize(

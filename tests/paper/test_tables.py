@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -299,6 +300,14 @@ def test_bad_arguments(data, tmp_path, capsys, arguments, named):
         command += ['--data', str(data)]
     assert main([*command, *arguments]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_a_cache_without_an_end_is_refused(data, tmp_path):
+    with pytest.raises(UserError, match='/dev/zero is no regular file'):
+        measure.Cache('/dev/zero')
+    os.mkfifo(tmp_path / 'pipe')
+    with pytest.raises(UserError, match='is no regular file'):
+        tables.make(data, tmp_path / 'o', tmp_path / 'pipe', [], [3], ablate_on=[])
 
 
 def test_one_run_at_a_time_has_the_cache(data, tmp_path):
