@@ -10,6 +10,7 @@ through hypothesis. The long run:
 
 import argparse
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -205,7 +206,7 @@ def _draw_section(section: type[Section], rng: random.Random, share: float, requ
 def _draw(kind: Kind, rng: random.Random):
     """A value of a kind, now and then one that is none."""
     if rng.random() < 0.02:
-        return rng.choice(ODD_VALUES)
+        return _odd(rng)
     if isinstance(kind, Number):
         least = kind.least if kind.least is not None else kind.above
         if rng.random() < 0.03:
@@ -230,6 +231,11 @@ def _draw(kind: Kind, rng: random.Random):
     return rng.choice([True, False]) if isinstance(kind, Truth) else rng.choice(['x', 'params', '{}', '{}x2'])
 
 
+def _odd(rng: random.Random):
+    """An odd value of its own: what another case changes in it must not be seen here."""
+    return copy.deepcopy(rng.choice(ODD_VALUES))
+
+
 def _change(opt: dict, rng: random.Random) -> None:
     """Change an entry somewhere in nested options."""
     node = opt
@@ -242,7 +248,7 @@ def _change(opt: dict, rng: random.Random) -> None:
     if rng.random() < 0.2:
         node.pop(key, None)
     else:
-        node[key] = rng.choice(ODD_VALUES)
+        node[key] = _odd(rng)
 
 
 def _damage(content: bytes, rng: random.Random) -> bytes:
@@ -459,7 +465,7 @@ def metadata_case(rng: random.Random) -> None:
             return [value(depth + 1) for _ in range(rng.choice([0, 1, 2, 65, 300]) if depth == 0 else 2)]
         if kind == 1 and depth < 3:
             return {rng.choice([*SETTINGS, 'type', 'x']): value(depth + 1)}
-        return rng.choice(ODD_VALUES if kind == 2 else NUMBERS)
+        return _odd(rng) if kind == 2 else rng.choice(NUMBERS)
 
     config = {'type': rng.choice([*TYPES[:3], *TYPES]), **TINY, 'depths': [1], 'num_heads': [2]}
     for _ in range(rng.choice([0, 1, 1, 2, 5])):
@@ -498,8 +504,6 @@ def metadata_case(rng: random.Random) -> None:
 
 
 def network_copy():
-    import copy
-
     return copy.deepcopy(network())
 
 

@@ -98,7 +98,7 @@ class StaticGroup(DictionaryGroup):
     def entries(self) -> list[Entries]:
         """Of each layer; kept where nothing but the weights could change them."""
 
-        def compute() -> list[Entries]:
+        def compute():  # its type is not written: torch 2.4 compiles no list[…] inside of a function
             return [layer.entries(self.td) for layer in self.layers]
 
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
