@@ -10,7 +10,7 @@ import torch
 from common import add_document, document, ratio, table
 from train_step import patches
 
-import ppsr  # noqa: F401, registers
+from ppsr.archs import PPATDLight
 from ppsr.runtime import tune_process
 from ppsr.schema import check
 from ppsr.training.schema import Train
@@ -46,7 +46,7 @@ def model_with(terms: dict):
             'dist': False,
             'rank': 0,
             'world_size': 1,
-            'network_g': {'type': 'PPATDLight', 'upscale': 4},
+            'network_g': {'type': PPATDLight.__name__, 'upscale': 4},
             'path': {},
             'train': check(Train, train | terms, 'train'),
             'val': None,
