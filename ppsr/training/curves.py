@@ -24,6 +24,7 @@ __all__ = ['Curves', 'draw', 'read_log', 'read_training']
 
 FORMATS = ('.png', '.pdf', '.svg')
 SMOOTHED = 20  # losses are logged of single batches: their running mean is over this part of them
+LEAST_RANGE = 0.01  # of the axis of a metric, as a part of its value
 _ITERATION = re.compile(r'\[epoch:\s*\d+, iter:\s*([\d,]+), .*\] (.*)$')
 _LOSS = re.compile(r'\b(l_\w+): (\S+)')
 _VALIDATION = re.compile(r'INFO: Validation (\S+)$')
@@ -124,6 +125,10 @@ def draw(trainings: dict[str, Curves], metrics: Sequence[str] = ('psnr',)) -> Fi
                 axis.set_yscale('log')
             else:
                 axis.ticklabel_format(axis='y', useOffset=False)
+                low, high = axis.get_ylim()
+                if high - low < LEAST_RANGE * abs(low + high) / 2:  # noise is not to look like a slope
+                    middle, half = (low + high) / 2, LEAST_RANGE * abs(low + high) / 4
+                    axis.set_ylim(middle - half, middle + half)
             axis.set(title=panel if is_loss else f'{panel[1]} {panel[0]}', xlabel='iteration')
         for axis in axes[len(panels) :]:
             axis.remove()

@@ -78,6 +78,8 @@ def test_panels_of_metrics_and_losses(tmp_path):
     figure = curves.draw({'one': found, 'other': found}, metrics=['psnr', 'gmacs'])
     assert [axis.get_title() for axis in figure.axes] == ['Set5 psnr', 'Set5 gmacs', 'l_pix', 'l_flat']
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ['one', 'other']
+    low, high = figure.axes[0].get_ylim()
+    assert high - low == pytest.approx(0.01 * 30.45, rel=1e-3) and low < 30.4 and high > 30.5
     line = figure.axes[0].lines[0]
     assert line.get_xdata().tolist() == [500, 1100] and line.get_ydata().tolist() == [30.5, 30.4]
 
