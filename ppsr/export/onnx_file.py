@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.export import Dim
 
-from ppsr.archs.masked import MaskedNetwork
+from ppsr.archs.masked import MaskedNetwork, mirror_pad, reflect_pad
 from ppsr.errors import UserError
 from ppsr.export.files import first_line, quietly, write
 from ppsr.export.operators import OPSET, TRANSLATIONS, exportable_mask
@@ -31,7 +31,7 @@ IR_VERSION = 10
 FOLDED = 1024  # elements: larger constants are left to the runtime to compute, which keeps the file small
 HALF_FROM = 64  # elements: smaller weights stay float32
 
-# mirrored at the bottom and right with the edge pixel repeated (ppsr.archs.masked.mirror_pad)
+# mirrored at the bottom and right, as often as it takes, the edge pixel repeated (mirror_pad) or not (reflect_pad)
 PAD = """
 <ir_version: {ir}, opset_import: ["" : {opset}]>
 pad (float[batch, 3, height, width] lq) => (float[batch, 3, padded_height, padded_width] padded, int64[2] ends) {{
@@ -58,8 +58,12 @@ INDEX = """
     {0}_end = Gather (whole, {0}_which)
     {0}_range = Range (zero, {0}_end, one)
     {0}_twice = Mul ({0}_side, two)
-    {0}_turn = Mod ({0}_range, {0}_twice)
-    {0}_last = Sub ({0}_twice, one)
+    {0}_less = Constant <value_int = {2}> ()
+    {0}_there_and_back = Sub ({0}_twice, {0}_less)
+    {0}_period = Max ({0}_there_and_back, one)
+    {0}_turn = Mod ({0}_range, {0}_period)
+    {0}_edge = Constant <value_int = {3}> ()
+    {0}_last = Sub ({0}_period, {0}_edge)
     {0}_back = Sub ({0}_last, {0}_turn)
     {0}_inside = Less ({0}_turn, {0}_side)
     {0}_index = Where ({0}_inside, {0}_turn, {0}_back)
@@ -98,7 +102,7 @@ def onnx_model(net: MaskedNetwork, half: bool = False) -> onnx.ModelProto:
     """A network as an ONNX model: lq (batch, 3, height, width) float32 -> sr.
 
     Args:
-        net: any of ours whose parts have translations: PP-ATD-light, ATD-light.
+        net: any of ours whose parts have translations: all but CAMixer-ATD-light.
         half: store the weights as float16 (rounded); the file computes in float32 all the same.
 
     Raises:
@@ -149,7 +153,8 @@ def _translate(padded: nn.Module, example: Tensor, dynamic: dict):
 def _framed(model: onnx.ModelProto, net: MaskedNetwork) -> onnx.ModelProto:
     """With padding before it and cropping behind it, and the metadata."""
     about = dict(ir=IR_VERSION, opset=OPSET)
-    index = {'rows': INDEX.format('h', 0), 'columns': INDEX.format('w', 1)}
+    mirror = (0, 1) if _repeats_edge(net) else (2, 0)
+    index = {'rows': INDEX.format('h', 0, *mirror), 'columns': INDEX.format('w', 1, *mirror)}
     pad = onnx.parser.parse_model(PAD.format(**about, **index, multiple=net.multiple, scale=net.upscale))
     crop = onnx.parser.parse_model(CROP.format(**about))
     for part in (pad, crop):
@@ -174,6 +179,16 @@ def _framed(model: onnx.ModelProto, net: MaskedNetwork) -> onnx.ModelProto:
     )
     onnx.checker.check_model(model)
     return model
+
+
+def _repeats_edge(net: MaskedNetwork) -> bool:
+    """Which of the two ways of padding is the network's, told from what it does."""
+    m = net.multiple
+    probes = [torch.rand(1, 3, side, 1) for side in (1, 2, m // 2 + 1, m + 1, 2 * m - 1)]
+    for pad, repeats in ((mirror_pad, True), (reflect_pad, False)):
+        if all(torch.equal(net.pad(probe), pad(probe, m)) for probe in probes):
+            return repeats
+    raise UserError(f'{type(net).__name__} cannot be exported: it pads images in a way of its own.')
 
 
 def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:

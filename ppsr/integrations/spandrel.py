@@ -32,7 +32,7 @@ from ppsr.weights import (
 __all__ = ['PurePassArchitecture', 'install', 'load']
 
 # spandrel's own architectures whose weights ours take, too
-BEFORE = ('ATD',)
+BEFORE = ('ATD', 'SwinIR')
 
 
 class PurePassArchitecture(spandrel.Architecture):
@@ -49,6 +49,8 @@ class PurePassArchitecture(spandrel.Architecture):
 
     def _fits(self, state_dict: Mapping[str, Tensor]) -> bool:
         """Whether these are the parameters of this network, all of them and no other."""
+        if 'category' not in ARCH_REGISTRY.get(self.id).scopes and not any('.comp.' in name for name in state_dict):
+            return False  # without window attention weights lose, unless they have learned what stands in for it
         try:
             checkpoint = self._checkpoint(state_dict)
             require_shapes(lambda: build_network(checkpoint.config), checkpoint)

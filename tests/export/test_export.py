@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import TINY
 
-from ppsr.archs import ATDLight, CAMixerATDLight, PPATDLight
+from ppsr.archs import CAMixerATDLight, PPATDLight, SwinIRLight
 from ppsr.cli import main
 from ppsr.errors import UserError
 from ppsr.weights import save_checkpoint
@@ -91,9 +91,10 @@ def test_pure_groups_are_not_computed(exported, tmp_path):
 
 
 def test_check_says_what_it_found(tmp_path, capsys):
-    """A dense network, and the exit code."""
-    config = dict(TINY, depths=[1], num_heads=[2])
-    save_checkpoint(tmp_path / 'x.safetensors', lively(ATDLight(**config)).state_dict(), {'type': 'ATDLight', **config})
+    """A dense network, which pads in another way, and the exit code."""
+    config = dict(upscale=2, embed_dim=16, depths=[1], num_heads=[2], window_size=8)
+    net = lively(SwinIRLight(**config))
+    save_checkpoint(tmp_path / 'x.safetensors', net.state_dict(), {'type': 'SwinIRLight', **config})
     words = ['export', '--model-path', str(tmp_path / 'x.safetensors'), '-o', str(tmp_path / 'x.onnx')]
     assert main([*words, '--check']) == 0
     said = capsys.readouterr().out

@@ -2,7 +2,7 @@ import pytest
 import torch
 from support import TINY
 
-from ppsr.archs import ATDLight, ATDLightV2, PPATDLight, PPATDLightV2
+from ppsr.archs import ATDLight, ATDLightV2, PPATDLight, PPATDLightV2, PPSwinIRLight
 from ppsr.errors import UserError
 from ppsr.weights import load_model, save_checkpoint
 
@@ -61,6 +61,14 @@ def test_the_second_version(registry):
         spandrel.ModelLoader().load_from_state_dict(dict(state))
     model = spandrel.ModelLoader('cpu', registry).load_from_state_dict(state)
     assert model.architecture.id == 'PPATDLightV2' and type(model.model) is PPATDLightV2
+
+
+def test_swinir_light_is_taken_where_it_has_learned_to_do_without_attention(registry):
+    small = dict(upscale=2, embed_dim=16, depths=[2], num_heads=[2], window_size=8)
+    ours, order = registry['PPSwinIRLight'], [str(a.architecture.id) for a in registry.architectures('detection')]
+    assert ours.detect(PPSwinIRLight(**small, pp_window_compensation='linear').state_dict())
+    assert not ours.detect(PPSwinIRLight(**small).state_dict())
+    assert order.index('PPSwinIRLight') < order.index('SwinIR') and order.index('PPATDLight') < order.index('ATD')
 
 
 def test_dense(registry):
