@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import TINY
 
 from ppsr.archs import PPATDLight
-from ppsr.training.upsampler import fit_upsampler, with_scale
+from ppsr.training.upsampler import fit_upsampler, one_colour_pictures, with_scale
 
 
 def images(count: int):
@@ -58,3 +59,30 @@ def test_another_scale_keeps_the_body():
     assert torch.equal(other.conv_first.weight, net.conv_first.weight)
     with pytest.raises(ValueError, match='there are none'):
         fit_upsampler(other, [])
+
+
+@pytest.mark.parametrize('scope', [['category'], ['category', 'window']], ids=['category', 'category and window'])
+def test_one_colour_pictures_keep_their_colour_however_the_network_runs(scope):
+    torch.manual_seed(0)
+    net = PPATDLight(**TINY | {'pp_scope': scope}).eval()
+    colours = torch.tensor([[1.0, 0, 0], [0, 0.5, 1]])[:, :, None, None]
+
+    def worst(mask, scope=None):
+        with torch.no_grad(), net.exempting(mask, scope):
+            return max((net(colours.repeat(1, 1, side, side)) - colours).abs().max().item() for side in (8, 12))
+
+    pairs = [(lq, F.interpolate(lq, scale_factor=net.upscale, mode='bicubic')) for lq in images(6)]
+    fit_upsampler(net, pairs)
+    before = worst(None)
+    fit_upsampler(net, pairs, flat=[colours.repeat(1, 1, side, side) for side in (8, 12)])
+    assert before > 4 / 255
+    assert max(worst(None), worst(net.pure_pass), worst(net.pure_pass, ['category'])) < 2 / 255
+    with torch.no_grad():
+        after = torch.stack([(net(lq) - gt).square().mean() for lq, gt in pairs]).mean()
+    assert after < 0.02  # the pairs count, too; a network that gives nothing has 0.3
+
+
+def test_one_colour_pictures_are_the_same_each_time():
+    first, again = list(one_colour_pictures()), list(one_colour_pictures())
+    assert all(torch.equal(a, b) for a, b in zip(first, again)) and {p.shape[-1] for p in first} == {16, 24, 40}
+    assert all(torch.equal(p, p[..., :1, :1].expand_as(p)) for p in first)
