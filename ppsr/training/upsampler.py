@@ -30,9 +30,9 @@ from ppsr.weights import guess_config, load_model, read_checkpoint, resolve, sav
 
 __all__ = ['fit_upsampler', 'one_colour_pictures', 'with_scale']
 
-TOLERANCE = 1.5 / 255  # of one-colour pictures, before rounding
-ROUNDS = 12  # of weighting their pixels anew
-SHARE = 0.1  # weight of their pixels in the first round, all of them against all others
+TOLERANCE = 1.9 / 255  # of one-colour pictures, before rounding
+ROUNDS = 30  # of weighting their pixels anew
+SHARE = 0.03  # weight of their pixels in the first round, all of them against all others
 SIDES = (16, 24, 40)
 
 
@@ -66,7 +66,7 @@ def fit_upsampler(
             off = (x @ solution - y).abs().amax(1, keepdim=True)
             if off.max() <= TOLERANCE:
                 break
-            weight *= (off / TOLERANCE).clamp(min=1) ** 2
+            weight *= (off / TOLERANCE).clamp(min=1)
             weighted = weight * x
             solution = torch.linalg.solve(gram + weighted.T @ x, right + weighted.T @ y)
     with torch.no_grad():

@@ -64,22 +64,24 @@ def test_another_scale_keeps_the_body():
 @pytest.mark.parametrize('scope', [['category'], ['category', 'window']], ids=['category', 'category and window'])
 def test_one_colour_pictures_keep_their_colour_however_the_network_runs(scope):
     torch.manual_seed(0)
-    net = PPATDLight(**TINY | {'pp_scope': scope}).eval()
-    colours = torch.tensor([[1.0, 0, 0], [0, 0.5, 1]])[:, :, None, None]
+    net = PPATDLight(**TINY | {'embed_dim': 32, 'pp_scope': scope}).eval()
+    colours = torch.tensor([[0.2, 0.5, 1.0]])[:, :, None, None]
 
     def worst(mask, scope=None):
         with torch.no_grad(), net.exempting(mask, scope):
             return max((net(colours.repeat(1, 1, side, side)) - colours).abs().max().item() for side in (8, 12))
 
+    def error():
+        with torch.no_grad():
+            return torch.stack([(net(lq) - gt).square().mean() for lq, gt in pairs]).mean().item()
+
     pairs = [(lq, F.interpolate(lq, scale_factor=net.upscale, mode='bicubic')) for lq in images(6)]
     fit_upsampler(net, pairs)
-    before = worst(None)
+    before, alone = worst(None), error()
     fit_upsampler(net, pairs, flat=[colours.repeat(1, 1, side, side) for side in (8, 12)])
     assert before > 4 / 255
     assert max(worst(None), worst(net.pure_pass), worst(net.pure_pass, ['category'])) < 2 / 255
-    with torch.no_grad():
-        after = torch.stack([(net(lq) - gt).square().mean() for lq, gt in pairs]).mean()
-    assert after < 0.02  # the pairs count, too; a network that gives nothing has 0.3
+    assert error() < 1.5 * alone  # the pairs count, too
 
 
 def test_one_colour_pictures_are_the_same_each_time():
