@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from ppsr.archs import ATDLight, PPATDLight
+from ppsr.archs import ATDLight, ATDLightV2, PPATDLight, PPATDLightV2
 from ppsr.ops import use_backend
 
 BACKENDS = ('triton', 'torch', 'reference')
@@ -127,7 +127,7 @@ def main() -> int:
     for dtype in DTYPES:
         for share in args.pure:
             x = image(args.height, args.width, share)
-            for kind in (ATDLight, PPATDLight):
+            for kind in (ATDLight, PPATDLight, ATDLightV2, PPATDLightV2):
                 times = network(kind, x, dtype, args.repeats)
                 print(row(f'{kind.__name__}, {str(dtype)[6:]}, {share:.0%} flat', times), flush=True)
     return 0

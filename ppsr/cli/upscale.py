@@ -14,7 +14,10 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument('-n', '--model', metavar='NAME', help='shipped weights by name (default: of the scale wanted)')
     weights.add_argument('--model-path', metavar='FILE', help='weights file (.safetensors, .pth)')
-    parser.add_argument('--arch', help='run the weights as this arch; PPATDLight runs a plain ATD-light with Pure-Pass')
+    parser.add_argument(
+        '--arch',
+        help='run the weights as this arch; PPATDLight (PPATDLightV2) runs a plain ATD-light (v2) with Pure-Pass',
+    )
     parser.add_argument('--no-pure-pass', action='store_true', help='exempt nothing: the dense network')
     parser.add_argument('--mask', metavar='NAME', help="which pixels are pure: colour (the paper's), variance, …")
     parser.add_argument('--threshold', type=THRESHOLD, metavar='T', help='of variance and both (default: 0.07)')
