@@ -84,11 +84,12 @@ def dictionary_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
         v: (B, M, C) or (M, C), like k.
 
     Returns:
-        similarity·v (B, N, C); category of each token, the entry that resembles it most, (B, N) int64; the similarity
-        (of one dictionary for all images: with their tokens as those of one image).
+        similarity·v (B, N, C); category of each token, the entry that resembles it most, (B, N) int64; the similarity.
     """
     if k.dim() == 2:  # which image a token is from makes no difference then
-        out, category, similarity = dictionary_attention(q.flatten(0, 1)[None], k[None], v[None])
+        out, category, (_, _, matrix) = dictionary_attention(q.flatten(0, 1)[None], k[None], v[None])
+        matrix = None if matrix is None else matrix.view(*q.shape[:2], -1)
+        similarity = Similarity(q, k.expand(q.shape[0], -1, -1), matrix)
         return out.view(*q.shape[:2], -1), category.view(q.shape[:2]), similarity
     if q.shape[0] == k.shape[0] == v.shape[0] and kernels_take(q, k, v):
         return *torch.ops.ppsr.dictionary_attention(q, k, v), Similarity(q, k, None)

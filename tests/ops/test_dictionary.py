@@ -46,10 +46,13 @@ def test_dictionary(target, n, rank, entries, channels):
 @pytest.mark.parametrize('backend', ['torch', pytest.param('native', marks=needs_native)])
 def test_one_dictionary_for_all_images(backend):
     q, k, v = random(3, 40, 12).float(), random(128, 12, seed=1).float(), random(128, 48, seed=2).float()
+    norm = nn.InstanceNorm1d(128, affine=True)
     with torch.no_grad(), use_backend(backend):
-        out, category, _ = dictionary_attention(q, k, v)
-        expected = dictionary_attention(q, k.expand(3, -1, -1), v.expand(3, -1, -1))
+        out, category, similarity = dictionary_attention(q, k, v)
+        *expected, expected_similarity = dictionary_attention(q, k.expand(3, -1, -1), v.expand(3, -1, -1))
+        refined, expected_refined = (dictionary_refinement(s, out, norm) for s in (similarity, expected_similarity))
     assert torch.equal(category, expected[1]) and torch.allclose(out, expected[0], atol=1e-6)
+    assert torch.allclose(refined, expected_refined, atol=1e-5)
 
 
 @needs_native
