@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+from ppsr.archs.masked import as_masked
 from ppsr.cli.numbers import Number
 from ppsr.cli.upscale import add_weights_options, chosen_network
+from ppsr.errors import UserError
+from ppsr.extras import need
+from ppsr.weights import load_model
 
 
 def configure(parser) -> None:
@@ -25,9 +29,6 @@ def configure(parser) -> None:
 
 
 def run(args) -> int:
-    from ppsr.errors import UserError
-    from ppsr.extras import need
-
     target = Path(args.output)
     form = args.format or {'.pte': 'executorch'}.get(target.suffix, 'onnx')
     suffix = {'onnx': '.onnx', 'executorch': '.pte'}[form]
@@ -46,10 +47,6 @@ def run(args) -> int:
 
 
 def _network(args):
-    from ppsr.archs.masked import as_masked
-    from ppsr.errors import UserError
-    from ppsr.weights import load_model
-
     net = as_masked(load_model(**chosen_network(args)))
     if net is None:
         raise UserError(f'{args.arch} is no network of ppsr (ppsr.archs.MaskedNetwork) and cannot be exported.')
