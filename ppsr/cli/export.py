@@ -16,7 +16,7 @@ def configure(parser) -> None:
     parser.add_argument(
         '--format', choices=('onnx', 'executorch'), help="kind of file (default: as the output's ending says)"
     )
-    parser.add_argument('--fp16', action='store_true', help='store the weights as float16: half the file (ONNX)')
+    parser.add_argument('--fp16', action='store_true', help='store the weights as float16, a smaller file (ONNX)')
     parser.add_argument(
         '--size',
         nargs=2,
