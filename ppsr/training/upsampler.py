@@ -30,7 +30,7 @@ from ppsr.weights import guess_config, load_model, read_checkpoint, resolve, sav
 
 __all__ = ['fit_upsampler', 'one_colour_pictures', 'with_scale']
 
-TOLERANCE = 1.9 / 255  # of one-colour pictures, before rounding
+TOLERANCE = 1.5 / 255  # of one-colour pictures, before rounding
 ROUNDS = 30  # of weighting their pixels anew
 SHARE = 0.03  # weight of their pixels in the first round, all of them against all others
 SIDES = (16, 24, 40)
