@@ -72,7 +72,7 @@ def test_a_folder_cannot_choose_code_or_memory(tmp_path, config, words):
 def test_what_is_not_there_is_said(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='without model.safetensors'):
         PPATDLight.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r'no folder, .* PPATDLight_x4\), and no name of a repository'):
+    with pytest.raises(UserError, match=r'no folder, .* PPATDLight_x4.*\), and no name of a repository'):
         PPATDLight.from_pretrained('PPATDLight_x9')
 
     def offline(name, file, **kwargs):
