@@ -155,6 +155,11 @@ def crops(data: Path, scale: int, count: int, size: int, drawings: float, meta_i
         yield sample['lq'][None], sample['gt'][None]
 
 
+@torch.no_grad()
+def _output(net: nn.Module, lq: Tensor) -> Tensor:
+    return net(lq)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('-n', '--model', default='PPATDLight_x4', help='weights whose body is taken: a name or a file')
@@ -166,6 +171,13 @@ def main() -> None:
     parser.add_argument('--drawings', type=float, default=0.12, help='share of drawings (default: 0.12)')
     parser.add_argument('-o', '--output', type=Path, required=True, help='.safetensors')
     args = parser.parse_args()
+    try:
+        _fit(args)
+    except UserError as e:
+        parser.error(str(e))
+
+
+def _fit(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(resolve(args.model))
     if checkpoint.config is None:
         raise UserError(f'{args.model}: the file does not say its configuration; convert it with ppsr convert first.')
@@ -176,7 +188,7 @@ def main() -> None:
     pairs = crops(args.data, args.scale, args.crops, args.size, args.drawings, args.meta_info)
     fitted = f'{args.crops} crops of {args.size}x{args.size} LR pixels, {args.drawings:.0%} drawings'
     if args.scale == net.upscale:
-        pairs = ((lq, net(lq).detach()) for lq, _ in list(pairs))
+        pairs = ((lq, _output(net, lq)) for lq, _ in pairs)
         fitted = f'what it gave for {fitted}'
     else:
         net, _ = with_scale(net, checkpoint.config | whole, args.scale)

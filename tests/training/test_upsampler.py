@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from support import TINY
 
 from ppsr.archs import PPATDLight
-from ppsr.training.upsampler import fit_upsampler, one_colour_pictures, with_scale
+from ppsr.training.upsampler import fit_upsampler, main, one_colour_pictures, with_scale
 
 
 def images(count: int):
@@ -88,3 +88,12 @@ def test_one_colour_pictures_are_the_same_each_time():
     first, again = list(one_colour_pictures()), list(one_colour_pictures())
     assert all(torch.equal(a, b) for a, b in zip(first, again)) and {p.shape[-1] for p in first} == {16, 24, 40}
     assert all(torch.equal(p, p[..., :1, :1].expand_as(p)) for p in first)
+
+
+def test_a_mistake_is_a_sentence(monkeypatch, tmp_path, capsys):
+    output = tmp_path / 'x4.safetensors'
+    command = ['upsampler', '-n', 'nothing', '--scale', '4', '--data', str(tmp_path), '-o', str(output)]
+    monkeypatch.setattr('sys.argv', command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and 'nothing: no such weight file' in capsys.readouterr().err and not output.exists()
