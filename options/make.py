@@ -26,8 +26,8 @@ BENCHMARKS = ('Set5', 'Set14', 'BSD100', 'Urban100', 'Manga109')
 
 PURE_PASS = """\
   # Pure-Pass: which pixels are exempt from attention, from which, and what they get instead
-  pp_mask: colour  # colour (the paper's) | variance | dynamic | both
-  pp_threshold: ~  # of variance and both: standard deviation below which a pixel is flat; ~ = 0.07
+  pp_mask: colour  # colour (the paper's) | gradient | variance | dynamic | both
+  pp_threshold: ~  # of gradient (~ = 0.05), variance and both (~ = 0.07): below it a pixel is flat
   pp_num_centers: 8  # colour centres
   pp_window_size: 5
   pp_shift: ~  # offset of the second grid; ~ = half the window

@@ -293,10 +293,10 @@ class PurePassOptions:
         pp_window_compensation: what a pure token gets instead of attention in its window, before the projection:
             'linear' a learned linear function of its input and of the mean of that around it; 'value' its own value
             vector; 'mean' the mean of the value vectors around it (:mod:`ppsr.archs.window_compensation`).
-        pp_threshold: of the masks 'variance' and 'both': standard deviation of the colours around a pixel, for values
-            in [0, 1], below which it is flat; None = 0.07.
-        pp_mask: 'colour', the paper's; 'variance', 'dynamic', 'both' (:mod:`ppsr.masks`); another registered mask
-            (:func:`ppsr.masks.register_mask`), or a mapping with its `type` and settings of its own.
+        pp_threshold: below which a pixel is flat, for values in [0, 1]: of the mask 'gradient' (None = 0.05), root mean
+            squared distance from the neighbours; of 'variance' and 'both' (None = 0.07), standard deviation around it.
+        pp_mask: 'colour', the paper's; 'gradient', 'variance', 'dynamic', 'both' (:mod:`ppsr.masks`); another
+            registered mask (:func:`ppsr.masks.register_mask`), or a mapping with its `type` and settings of its own.
         **kwargs: those of the network.
 
     Raises:

@@ -17,7 +17,7 @@ from ppsr.weights import Checkpoint
 __all__ = ['AGAINST', 'KEY', 'Curve', 'Point', 'curve_of']
 
 KEY = 'calibration'  # among the facts
-MASKS = ('colour', 'variance')  # those that are measured
+MASKS = ('colour', 'gradient', 'variance')  # those that have been measured
 AGAINST = ('ground truth', 'dense output')
 MOST = 10_000  # images, and settings
 
@@ -25,13 +25,13 @@ MOST = 10_000  # images, and settings
 class _Settings(Section):
     scope: Annotated[list, Several(Choice(*SCOPES), most=len(SCOPES)), 'attentions that pure pixels are exempt from']
     mask: Annotated[str, Choice(*MASKS), 'which pixels are pure']
-    threshold: Annotated[float | None, Number(above=0, most=2), 'of the mask variance'] = None
+    threshold: Annotated[float | None, Number(above=0, most=2), 'of a mask of flatness'] = None
     losses: Annotated[list, Several(Number(-100, 100), most=MOST), 'dB against dense, of each image']
     saved: Annotated[float, Number(-1, 1), 'share of the multiply-adds, mean over the images']
 
     @classmethod
     def together(cls, values, where):
-        if (values['mask'] == 'variance') != (values['threshold'] is not None):
+        if (values['mask'] == 'colour') != (values['threshold'] is None):
             raise UserError(f'{where} has a mask {values["mask"]} with the threshold {values["threshold"]}.')
 
 
@@ -53,7 +53,7 @@ class Point:
     Attributes:
         scope: attentions that pure pixels are exempt from.
         mask: name of the mask.
-        threshold: of the mask variance.
+        threshold: of a mask that has one.
         losses: PSNR of the dense network minus that of this setting, in dB, for each image.
         saved: share of the dense multiply-adds, mean over the images.
     """

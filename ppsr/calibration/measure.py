@@ -29,8 +29,9 @@ from ppsr.weights import Checkpoint, build_and_load, described, load_into, read_
 __all__ = ['FEWEST', 'THRESHOLDS', 'calibrate', 'evenly', 'load_with_stand_in', 'measure_curve']
 
 FEWEST = 5  # images
-THRESHOLDS = (0.03, 0.05, 0.06, 0.07, 0.08, 0.1, 0.13)  # of the mask variance
-FIT_THRESHOLD = 0.13  # of the mask for which a stand-in is fitted
+MASK = 'gradient'  # loses least at equal saving (docs/results.md)
+THRESHOLDS = (0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.13)  # of that mask
+FIT_THRESHOLD = 0.08  # of the mask for which a stand-in is fitted
 CROPS, SIDE = 64, 64  # of the fit
 LARGEST = 128  # LQ pixels of a side; of larger images the middle is measured
 BEST = 100.0  # dB: images that are equal but for a few samples are as good as equal
@@ -54,7 +55,7 @@ def calibrate(
         data: a folder of HR images in any layout that ``ppsr prepare`` knows; without ground truth, of LQ images.
         output: .safetensors.
         images: at most so many are measured.
-        thresholds: of the mask variance.
+        thresholds: of the mask `MASK`.
         refit: fit a stand-in where the file has one already.
         ground_truth: False: the images are inputs, and losses are estimated from the change of the output.
         device: to compute on.
@@ -78,7 +79,7 @@ def calibrate(
     if fitted := refit or not has_stand_in:
         rest = [source for source in sources if source not in measured]
         crops = _crops(rest if len(rest) >= FEWEST else measured, net, ground_truth)
-        fit_stand_ins(net, crops.to(device), build_mask('variance', threshold=FIT_THRESHOLD).to(device))
+        fit_stand_ins(net, crops.to(device), build_mask(MASK, threshold=FIT_THRESHOLD).to(device))
         count, side = len(crops), crops.shape[-1]
         facts['stand_in'] = f'fitted in closed form to {count} crops of {side}×{side} pixels'
     names = ', '.join(dict.fromkeys(name for name, _ in measured))
@@ -94,7 +95,7 @@ def measure_curve(
     thresholds: Sequence[float] = THRESHOLDS,
     ground_truth: bool = True,
 ) -> Curve:
-    """What the mask of the network, the colour mask, and the mask variance lose and save with and without window
+    """What the mask of the network, the colour mask, and the mask `MASK` lose and save with and without window
     attention in their scope.
 
     Args:
@@ -108,7 +109,7 @@ def measure_curve(
     """
     device = next(net.parameters()).device
     masks = {('colour', None): net.pure_pass}
-    masks |= {('variance', t): build_mask('variance', threshold=t).to(device) for t in sorted(set(thresholds))}
+    masks |= {(MASK, t): build_mask(MASK, threshold=t).to(device) for t in sorted(set(thresholds))}
     scopes = dict.fromkeys((net.scopes[:1], net.scopes))  # one, where there is one attention alone
     settings = [(scope, *key, mask) for scope in scopes for key, mask in masks.items()]
     losses, saved = ([[] for _ in settings] for _ in range(2))

@@ -18,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--data', required=True, metavar='DIR', help='large pictures, in any layout of ppsr prepare')
     parser.add_argument('-o', '--output', required=True, metavar='FILE', help='.safetensors to write')
     parser.add_argument('--images', type=IMAGES, default=20, metavar='N', help='measure at most N (default: 20)')
-    parser.add_argument('--thresholds', nargs='+', type=THRESHOLD, metavar='T', help='of the mask variance')
+    parser.add_argument('--thresholds', nargs='+', type=THRESHOLD, metavar='T', help='of the mask gradient')
     parser.add_argument('--refit', action='store_true', help='fit a stand-in where the weights have one')
     parser.add_argument(
         '--no-ground-truth',

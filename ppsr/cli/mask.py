@@ -20,9 +20,12 @@ def configure(parser) -> None:
         '--zoom', type=Number(1, 64), default=4, help='pixels of the overlay per pixel of the input (default: 4)'
     )
     parser.add_argument(
-        '--mask', default='colour', metavar='NAME', help="colour (the paper's, default), variance, dynamic, both"
+        '--mask',
+        default='colour',
+        metavar='NAME',
+        help="colour (the paper's), gradient, variance, dynamic, both",
     )
-    parser.add_argument('--threshold', type=THRESHOLD, metavar='T', help='of variance and both (default: 0.07)')
+    parser.add_argument('--threshold', type=THRESHOLD, metavar='T', help='of gradient (0.05), variance and both (0.07)')
     parser.add_argument('--num-centers', type=CENTERS, metavar='K', help='colour centres (default: 8)')
     parser.add_argument('--window-size', type=WINDOW, metavar='W', help='side of the windows (default: 5)')
     parser.add_argument('--shift', type=PIXELS, help='offset of the second grid (default: half a window)')

@@ -14,10 +14,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--scale', type=SCALE, default=4, help='LQ images are made of HR by this scale (default: 4)')
     parser.add_argument('--lq', action='store_true', help='the images are LQ already')
     parser.add_argument(
-        '--mask', default='colour', metavar='NAME', help="colour (the paper's, default), variance, dynamic, both"
+        '--mask',
+        default='colour',
+        metavar='NAME',
+        help="colour (the paper's), gradient, variance, dynamic, both",
     )
     parser.add_argument(
-        '--threshold', type=THRESHOLD, nargs='+', metavar='T', help='of variance and both (default: 0.07)'
+        '--threshold',
+        type=THRESHOLD,
+        nargs='+',
+        metavar='T',
+        help='of gradient (0.05), variance and both (0.07)',
     )
     parser.add_argument('--num-centers', type=CENTERS, nargs='+', metavar='K', help='default: 8')
     parser.add_argument('--window', type=WINDOW, nargs='+', metavar='W', help='default: 5')
@@ -34,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if args.mask != 'colour':
         return _other_masks(args)
     if args.threshold:
-        raise UserError('--threshold belongs to --mask variance and --mask both.')
+        raise UserError('--threshold belongs to the masks gradient, variance and both.')
     args.num_centers, args.window = args.num_centers or [8], args.window or [5]
     found, output = {}, []
     for name, sources in find_images(args.data, args.scale).items():

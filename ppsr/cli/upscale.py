@@ -19,8 +19,8 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
         help='run the weights as this arch; PPATDLight (PPATDLightV2) runs a plain ATD-light (v2) with Pure-Pass',
     )
     parser.add_argument('--no-pure-pass', action='store_true', help='exempt nothing: the dense network')
-    parser.add_argument('--mask', metavar='NAME', help="which pixels are pure: colour (the paper's), variance, …")
-    parser.add_argument('--threshold', type=THRESHOLD, metavar='T', help='of variance and both (default: 0.07)')
+    parser.add_argument('--mask', metavar='NAME', help="which pixels are pure: colour (the paper's), gradient, …")
+    parser.add_argument('--threshold', type=THRESHOLD, metavar='T', help='of gradient (0.05), variance and both (0.07)')
     parser.add_argument('--scope', nargs='+', choices=SCOPES, help='attentions that pure pixels are exempt from')
 
 

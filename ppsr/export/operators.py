@@ -18,9 +18,10 @@ from onnxscript import opset20 as op
 from torch import Tensor, nn
 
 from ppsr.errors import UserError
-from ppsr.masks import Both, PixelMask, PurePass, Variance
+from ppsr.masks import Both, Gradient, PixelMask, PurePass, Variance
+from ppsr.masks.gradient import gradient_mask
 from ppsr.masks.pure_pass import CENTER_STEPS, PIXEL_STEPS, color_centers, pure_mask
-from ppsr.masks.variance import STEPS, variance_mask
+from ppsr.masks.variance import variance_mask
 
 __all__ = ['OPSET', 'TRANSLATIONS', 'exportable_mask']
 
@@ -209,7 +210,13 @@ def _variance_mask(lq: Tensor, threshold: float, window_size: int) -> Tensor:
     return variance_mask(lq, threshold, window_size)
 
 
+@torch.library.custom_op('ppsr::gradient_mask', mutates_args=())
+def _gradient_mask(lq: Tensor, threshold: float) -> Tensor:
+    return gradient_mask(lq, threshold)
+
+
 @_colour_mask.register_fake
+@_gradient_mask.register_fake
 @_variance_mask.register_fake
 def _(lq, *settings):
     return lq.new_empty(lq.shape[0], *lq.shape[2:], dtype=torch.bool)
@@ -233,6 +240,15 @@ class _Variance(nn.Module):
         return torch.ops.ppsr.variance_mask(lq, *self.settings)
 
 
+class _Gradient(nn.Module):
+    def __init__(self, mask: Gradient):
+        super().__init__()
+        self.threshold = float(mask.threshold)
+
+    def forward(self, lq: Tensor) -> Tensor:
+        return torch.ops.ppsr.gradient_mask(lq, self.threshold)
+
+
 class _Both(nn.Module):
     def __init__(self, mask: Both):
         super().__init__()
@@ -250,11 +266,11 @@ def exportable_mask(mask: PixelMask | None) -> nn.Module | None:
     """
     if mask is None:
         return None
-    kinds = {PurePass: _Colour, Variance: _Variance, Both: _Both}
+    kinds = {PurePass: _Colour, Gradient: _Gradient, Variance: _Variance, Both: _Both}
     if type(mask) not in kinds:
         raise UserError(
-            f'The mask {mask.name or type(mask).__name__!r} cannot be exported; those that can are colour, variance '
-            'and both.'
+            f'The mask {mask.name or type(mask).__name__!r} cannot be exported; those that can are colour, '
+            'gradient, variance and both.'
         )
     return kinds[type(mask)](mask)
 
@@ -331,22 +347,42 @@ def around(x, w: int):
     return x
 
 
-def variance_mask_of(lq, threshold: float, window_size: int):
-    def double(value):
-        return constant(value, np.float64)
+def double(value):
+    return constant(value, np.float64)
 
-    w = window_size
+
+def as_integers(lq):
+    """As ppsr.masks.pure_pass.as_integers, in float64."""
     x = op.Clip(op.Cast(lq, to=TensorProto.DOUBLE), double(0), double(1))
-    x = op.Round(op.Mul(x, double(STEPS)))
+    return op.Round(op.Mul(x, double(PIXEL_STEPS)))
+
+
+def gradient_mask_of(lq, threshold: float):
+    x, total = as_integers(lq), None
+    for axis in (2, 3):
+        pads = [0] * 8
+        pads[axis] = pads[axis + 4] = 1
+        wide, sides = op.Pad(x, ints(*pads), mode='edge'), size(x, axis)
+        for i in (0, 2):
+            difference = op.Sub(op.Slice(wide, ints(i), op.Add(sides, ints(i)), ints(axis)), x)
+            square = op.Mul(difference, difference)
+            total = square if total is None else op.Add(total, square)
+    total = op.ReduceSum(total, ints(1), keepdims=0)
+    return op.Less(total, double(4 * (PIXEL_STEPS * threshold) ** 2))
+
+
+def variance_mask_of(lq, threshold: float, window_size: int):
+    x, w = as_integers(lq), window_size
     total, squares = around(x, w), around(op.Mul(x, x), w)
     variance = op.Sub(op.Mul(squares, double(w**2)), op.Mul(total, total))
     variance = op.ReduceSum(variance, ints(1), keepdims=0)
-    return op.Less(variance, double((w**2 * STEPS * threshold) ** 2))
+    return op.Less(variance, double((w**2 * PIXEL_STEPS * threshold) ** 2))
 
 
 TRANSLATIONS = {
     torch.ops.ppsr.category_attention.default: category_attention,
     torch.ops.ppsr.window_attention.default: window_attention,
     torch.ops.ppsr.colour_mask.default: colour_mask,
+    torch.ops.ppsr.gradient_mask.default: gradient_mask_of,
     torch.ops.ppsr.variance_mask.default: variance_mask_of,
 }

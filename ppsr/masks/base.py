@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ['PixelMask', 'build_mask', 'list_masks', 'register_mask', 'settings_of']
+__all__ = ['PixelMask', 'build_mask', 'list_masks', 'register_mask', 'require_threshold', 'settings_of']
 
 _masks: dict[str, type['PixelMask']] = {}
 
@@ -68,6 +68,17 @@ def register_mask(name: str) -> Callable[[type[PixelMask]], type[PixelMask]]:
         return cls
 
     return decorate
+
+
+def require_threshold(value) -> float:
+    """A threshold for values in [0, 1] as a mask takes it.
+
+    Raises:
+        ValueError: not a number above 0 and at most 2.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 2:
+        raise ValueError(f'threshold must be a number above 0 and at most 2, got {value!r}')
+    return value
 
 
 def list_masks() -> list[str]:

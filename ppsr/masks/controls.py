@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ppsr.masks.base import PixelMask, build_mask, register_mask
+from ppsr.masks.gradient import local_gradient
 from ppsr.masks.variance import local_variance
 
 __all__ = ['SCORES', 'SameShare']
@@ -17,7 +18,7 @@ def chance(lq: Tensor) -> Tensor:
     return score.expand(lq.shape[0], -1, -1).to(lq.device)
 
 
-SCORES = {'variance': local_variance, 'random': chance}
+SCORES = {'gradient': local_gradient, 'variance': local_variance, 'random': chance}
 
 
 @register_mask('same_share')

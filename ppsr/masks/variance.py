@@ -3,13 +3,12 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ppsr.masks.base import PixelMask, register_mask
-from ppsr.masks.pure_pass import as_integers
+from ppsr.masks.base import PixelMask, register_mask, require_threshold
+from ppsr.masks.pure_pass import PIXEL_STEPS, as_integers
 
 __all__ = ['Variance', 'local_variance', 'variance_mask']
 
 WINDOW = 5
-STEPS = 65535  # of the integers that pixels become
 
 
 def local_variance(lq: Tensor, window_size: int = WINDOW) -> Tensor:
@@ -39,7 +38,7 @@ def local_variance(lq: Tensor, window_size: int = WINDOW) -> Tensor:
 
 def variance_mask(lq: Tensor, threshold: float = 0.07, window_size: int = WINDOW) -> Tensor:
     """(B, 3, H, W) RGB in [0, 1] -> (B, H, W) bool, True where the local variance is below threshold²."""
-    return local_variance(lq, window_size) < (window_size**2 * STEPS * threshold) ** 2
+    return local_variance(lq, window_size) < (window_size**2 * PIXEL_STEPS * threshold) ** 2
 
 
 @register_mask('variance')
@@ -60,11 +59,9 @@ class Variance(PixelMask):
 
     def __init__(self, threshold: float = 0.07, window_size: int = WINDOW):
         super().__init__()
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 2:
-            raise ValueError(f'threshold must be a number above 0 and at most 2, got {threshold!r}')
         if window_size not in (1, 3, 5, 7, 9):
             raise ValueError(f'window_size must be 1, 3, 5, 7 or 9, got {window_size!r}')
-        self.threshold, self.window_size = threshold, window_size
+        self.threshold, self.window_size = require_threshold(threshold), window_size
         self.period = window_size  # any number of rows that is at least the reach
 
     def forward(self, lq: Tensor) -> Tensor:

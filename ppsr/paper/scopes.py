@@ -31,11 +31,16 @@ DENSE = 'dense'
 MASKS = {
     'colour (the paper)': ('colour (the paper)', None),
     'dynamic': ('dynamic', {'type': 'dynamic'}),
+    'gradient, g < 0.03': ('gradient', {'type': 'gradient', 'threshold': 0.03}),
+    'gradient, g < 0.05': ('gradient', {'type': 'gradient', 'threshold': 0.05}),
+    'gradient, g < 0.07': ('gradient', {'type': 'gradient', 'threshold': 0.07}),
+    'gradient, g < 0.09': ('gradient', {'type': 'gradient', 'threshold': 0.09}),
     'variance, σ < 0.05': ('variance', {'type': 'variance', 'threshold': 0.05}),
     'variance, σ < 0.07': ('variance', {'type': 'variance', 'threshold': 0.07}),
     'variance, σ < 0.10': ('variance', {'type': 'variance', 'threshold': 0.1}),
     'variance, σ < 0.13': ('variance', {'type': 'variance', 'threshold': 0.13}),
     'colour and σ < 0.10': ('colour and variance', {'type': 'both', 'threshold': 0.1}),
+    'lowest gradient, as many as colour': ('lowest gradient', {'type': 'same_share', 'score': 'gradient'}),
     'lowest variance, as many as colour': ('lowest variance', {'type': 'same_share', 'score': 'variance'}),
     'random, as many as colour': ('random', {'type': 'same_share', 'score': 'random'}),
 }

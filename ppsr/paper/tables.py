@@ -65,6 +65,9 @@ CHANGES = {
     'w = 8': {'pp_window_size': 8},
     'shift 1': {'pp_shift': 1},
     'dynamic centres': {'pp_mask': 'dynamic'},
+    'gradient, g < 0.03': {'pp_mask': 'gradient', 'pp_threshold': 0.03},
+    'gradient, g < 0.05': {'pp_mask': 'gradient', 'pp_threshold': 0.05},
+    'gradient, g < 0.07': {'pp_mask': 'gradient', 'pp_threshold': 0.07},
     'variance, σ < 0.05': {'pp_mask': 'variance', 'pp_threshold': 0.05},
     'variance, σ < 0.07': {'pp_mask': 'variance', 'pp_threshold': 0.07},
     'variance, σ < 0.10': {'pp_mask': 'variance', 'pp_threshold': 0.1},
@@ -72,7 +75,7 @@ CHANGES = {
     'bypass': {'pp_compensation': 'bypass'},
     'zero': {'pp_compensation': 'zero'},
 }
-CONTROLS = {'lowest variance': 'variance', 'random': 'random'}
+CONTROLS = {'lowest gradient': 'gradient', 'lowest variance': 'variance', 'random': 'random'}
 
 OWN_SECTION = re.compile(r'(benchmarks|controls|ablations|scopes|purity)_x\d+')  # of the README
 

@@ -280,7 +280,7 @@ def test_the_command_calibrates(dense_weights, data, tmp_path, capsys):
     arguments = ['-n', str(dense_weights), '--data', str(data), '-o', str(target), '--device', 'cpu', '--images', '5']
     assert main(['calibrate', *arguments, '--thresholds', '0.1']) == 0
     out = capsys.readouterr().out
-    assert 'category + window  variance' in out and '5 images of Halves, against ground truth' in out
+    assert 'category + window  gradient' in out and '5 images of Halves, against ground truth' in out
     assert curve_of(read_checkpoint(target)).images == 5
 
 

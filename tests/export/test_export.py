@@ -106,7 +106,7 @@ def test_check_says_what_it_found(tmp_path, capsys):
 
 def test_what_cannot_be_exported_is_said(tmp_path):
     small = dict(TINY, depths=[1], num_heads=[2])
-    with pytest.raises(UserError, match="mask 'dynamic' cannot be exported; .* colour, variance and both"):
+    with pytest.raises(UserError, match="mask 'dynamic' cannot be exported; .* colour, gradient, variance and both"):
         export_onnx(PPATDLight(**small, pp_mask='dynamic'), tmp_path / 'x.onnx')
     with pytest.raises(UserError, match='CAMixerATDLight cannot be exported: torch.onnx says'):
         export_onnx(CAMixerATDLight(**small), tmp_path / 'x.onnx')

@@ -8,7 +8,7 @@ pytest.importorskip('onnxscript')
 pytest.importorskip('onnxruntime')
 
 from ppsr.export import operators
-from ppsr.masks import PurePass, Variance
+from ppsr.masks import Gradient, PurePass, Variance
 from ppsr.ops.category_attention import reference as category
 from ppsr.ops.window_attention import reference as window
 
@@ -97,3 +97,11 @@ def test_variance_mask(window_size):
     lq[..., 4:11] = 0.3 + 0.1 * torch.rand(2, 3, 9, 7)
     found = operators.variance_mask_of(tensor(lq), mask.threshold, window_size)
     assert np.array_equal(array(found), mask(lq).numpy())
+
+
+def test_gradient_mask():
+    mask = Gradient(0.05)
+    lq = torch.randint(256, (2, 3, 9, 14)) / 255
+    lq[..., 4:11] = 0.3 + 0.1 * torch.rand(2, 3, 9, 7)
+    found = array(operators.gradient_mask_of(tensor(lq), mask.threshold))
+    assert np.array_equal(found, mask(lq).numpy()) and 0 < found.sum() < found.size

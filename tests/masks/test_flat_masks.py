@@ -1,4 +1,4 @@
-"""Masks beside the paper's: variance, dynamic, both."""
+"""Masks beside the paper's: gradient, variance, dynamic, both."""
 
 import pytest
 import torch
@@ -6,10 +6,11 @@ import torch.nn.functional as F
 
 from ppsr.masks import build_mask, list_masks
 from ppsr.masks.dynamic import cluster_pixels
+from ppsr.masks.gradient import Gradient, local_gradient
 from ppsr.masks.pure_pass import PurePass, classify_pixels
 from ppsr.masks.variance import Variance, local_variance
 
-NAMES = ['variance', 'dynamic', 'both']
+NAMES = ['gradient', 'variance', 'dynamic', 'both']
 
 
 def flat_and_noisy(height=37, width=29, batch=1) -> torch.Tensor:
@@ -42,13 +43,37 @@ def test_variance_by_hand():
     assert Variance((3 * (9 / 25 - (9 / 25) ** 2)) ** 0.5 + 1e-6)(corner)[0, 0, 0]
 
 
-def test_higher_thresholds_exempt_more_and_a_constant_image_is_all_flat():
+def test_local_gradient_by_the_definition():
+    lq = torch.rand(2, 3, 9, 11)
+    padded = F.pad((lq.double() * 65535).round(), (1, 1, 1, 1), mode='replicate')
+    shifted = [padded[..., y : y + 9, x : x + 11] for y, x in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))]
+    expected = sum((other - shifted[0]).square().sum(1) for other in shifted[1:])
+    found = local_gradient(lq)
+    assert found.dtype == torch.float64 and torch.equal(found, expected)
+    one_row, one_pixel = local_gradient(lq[..., :1, :]), local_gradient(lq[..., :1, :1])
+    assert one_row.shape == (2, 1, 11) and one_row.all() and not one_pixel.any()
+
+
+def test_gradient_by_hand():
+    """One pixel of (0.3, 0, 0.4) on black: 0.5 from each of its neighbours, and they from it alone, √(0.25 / 4)."""
+    lq = torch.zeros(1, 3, 5, 5)
+    lq[0, :, 2, 2] = torch.tensor([0.3, 0, 0.4])
+    cross = torch.tensor([(y - 2) ** 2 + (x - 2) ** 2 == 1 for y in range(5) for x in range(5)]).view(5, 5)
+    middle = torch.zeros(5, 5, dtype=torch.bool)
+    middle[2, 2] = True
+    assert torch.equal(Gradient(0.2499)(lq)[0], ~cross & ~middle)
+    assert torch.equal(Gradient(0.2501)(lq)[0], ~middle) and torch.equal(Gradient(0.4999)(lq)[0], ~middle)
+    assert Gradient(0.5001)(lq).all()
+
+
+@pytest.mark.parametrize('kind', [Variance, Gradient])
+def test_higher_thresholds_exempt_more_and_a_constant_image_is_all_flat(kind):
     lq = flat_and_noisy()
-    masks = [Variance(threshold)(lq) for threshold in (0.02, 0.05, 0.1, 0.2, 2)]
+    masks = [kind(threshold)(lq) for threshold in (0.02, 0.05, 0.1, 0.2, 2)]
     assert all((a <= b).all() for a, b in zip(masks, masks[1:])) and masks[-1].all()
     shares = [mask.float().mean().item() for mask in masks]
     assert shares == sorted(set(shares))
-    assert Variance(1e-9)(torch.full((1, 3, 8, 8), 0.3)).all()
+    assert kind(1e-9)(torch.full((1, 3, 8, 8), 0.3)).all()
 
 
 def test_dynamic_centres_are_means_and_ties_go_to_the_lowest():
@@ -132,6 +157,9 @@ def test_the_device_does_not_matter(name):
         ('variance', {'threshold': True}),
         ('variance', {'window_size': 4}),
         ('variance', {'num_centers': 8}),
+        ('gradient', {'threshold': 0}),
+        ('gradient', {'threshold': float('inf')}),
+        ('gradient', {'window_size': 5}),
         ('both', {'threshold': -1}),
         ('both', {'num_centers': 0}),
         ('dynamic', {'num_centers': 0}),

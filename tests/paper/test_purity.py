@@ -107,7 +107,7 @@ def test_command_with_other_masks(photographs, capsys):
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (['--threshold', '0.1'], 'belongs to --mask variance'),
+        (['--threshold', '0.1'], 'belongs to the masks gradient'),
         (['--mask', 'variance', '--threshold', '0'], '--threshold'),
         (['--mask', 'variance', '--num-centers', '4'], 'num_centers'),
         (['--mask', 'flat'], "'flat' is not a registered mask"),

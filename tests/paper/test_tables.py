@@ -217,7 +217,7 @@ def test_all_files_are_written_and_say_what_is_missing(data, weights, tmp_path, 
     assert rows[2]['Set5', 'ATD-light']['PSNR, published'] == '38.29'
     assert rows[4]['Set5', 'CAMixerSR']['SSIM'] == 'not measured'
     records = [json.loads(line)['record'] for line in (tmp_path / 'cache.jsonl').read_text().splitlines()]
-    assert sum('psnr' in record for record in records) == 3 * (1 + 1 + 5) + 3  # ×2, and bicubic ×4
+    assert sum('psnr' in record for record in records) == 3 * (1 + 1 + 6) + 3  # ×2, and bicubic ×4
     measured = rows[2]['Set14', 'PP-ATD-light']
     assert float(measured['PSNR (dB)']) > 5 and float(measured['against ATD-light (%)']) < 0
     with open(output / 'ablations_x2.csv', newline='') as file:
