@@ -225,7 +225,13 @@ def test_all_files_are_written_and_say_what_is_missing(data, weights, tmp_path, 
     assert [row['variant'] for row in ablations] == ['dense', 'default', 'fusion off', 'zero'] * 2
     with open(output / 'controls_x2.csv', newline='') as file:
         controls = list(csv.DictReader(file))
-    assert [row['variant'] for row in controls] == ['dense', 'default', 'lowest variance', 'random'] * 2
+    assert [row['variant'] for row in controls] == [
+        'dense',
+        'default',
+        'lowest gradient',
+        'lowest variance',
+        'random',
+    ] * 2
     exempt = {row['variant']: row['exempt (%)'] for row in ablations[:4] + controls[:4]}
     assert exempt['default'] == exempt['random'] == exempt['lowest variance'] != exempt['fusion off']
     assert not (output / 'ablations_x4.csv').exists()
