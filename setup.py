@@ -15,9 +15,9 @@ exec((here / 'ppsr' / 'version.py').read_text(), about)
 
 NATIVE = 'ppsr/ops/native'
 X86_64 = platform.machine().lower() in ('x86_64', 'amd64')
-LOOPS = ['runtime', 'groups', 'windows', 'categories', 'layers']
+LOOPS = ['runtime', 'groups', 'windows', 'categories', 'layers', 'training']
 # compiled once for each of the targets; the library takes the best one that the processor has
-KERNELS = ['attention_kernels', 'layer_kernels']
+KERNELS = ['attention_kernels', 'layer_kernels', 'training_kernels']
 TARGETS = {'baseline': []}
 if X86_64:
     TARGETS |= {'avx2': ['-mavx2', '-mfma'], 'avx512': ['-mavx512f', '-mfma']}
@@ -100,7 +100,7 @@ setup(
         Extension(
             'ppsr.ops.native.libppsr',
             paths(LOOPS + KERNELS),
-            depends=paths(['groups', 'kernels', 'products', 'runtime', 'simd'], '.h'),
+            depends=paths(['groups', 'kernels', 'products', 'runtime', 'simd', 'training'], '.h'),
             optional=True,  # without a compiler the package still installs
         )
     ],

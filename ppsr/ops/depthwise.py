@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from ppsr.ops.eligibility import are_plain, kernels_take
+from ppsr.ops.eligibility import are_plain, kernels_take, kernels_teach
 from ppsr.ops.native import call, ready, require
+from ppsr.ops.training_layers import depthwise_training
 
 __all__ = ['depthwise_mix']
 
@@ -48,4 +49,6 @@ def depthwise_mix(u: Tensor, conv: nn.Conv2d) -> Tensor:
     fits = are_plain(nn.Conv2d, conv) and side % 2 == 1 and all(getattr(conv, k) == v for k, v in expected.items())
     if fits and channels >= MIN_CHANNELS and kernels_take(u, conv.weight, conv.bias):
         return torch.ops.ppsr.depthwise_mix(u, conv.weight, conv.bias)
+    if fits and kernels_teach(u, conv.weight, conv.bias):
+        return depthwise_training(u, conv.weight, conv.bias)
     return u + F.gelu(conv(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)

@@ -1,9 +1,11 @@
 """Who may be fused: when a compiled kernel may stand in for the modules and the PyTorch code that define an operator.
 
-Only where nobody could tell the difference but by the clock: no gradient is wanted, nobody else rewrites the code
-(torch.compile, autocast), the tensors are ones that the kernels take, and the modules are PyTorch's own, with nobody
-waiting to be called when they run.
+Only where nobody could tell the difference but by the clock: nobody else rewrites the code (torch.compile, autocast),
+the tensors are ones that the kernels take, and the modules are PyTorch's own, with nobody waiting to be called when
+they run. Where gradients are wanted, only kernels with a backward may (:mod:`ppsr.ops.training_layers`).
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +13,29 @@ from torch.nn.modules import module as global_hooks
 
 from ppsr.ops.dispatch import choose
 
-__all__ = ['are_plain', 'are_untouched', 'kernels_take']
+__all__ = ['are_plain', 'are_untouched', 'kernels_take', 'kernels_teach']
 
 
 def _free() -> bool:
-    """Whether operators may be fused: no gradient wanted, nobody else rewrites them, nobody watches all modules (as
-    FlopCounterMode, profilers and summaries do)."""
+    """Whether operators may be fused: nobody else rewrites them, nobody watches all modules (as FlopCounterMode,
+    profilers and summaries do)."""
     rewritten = torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu')
     watched = global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks
-    return not (torch.is_grad_enabled() or rewritten or watched)
+    return not (rewritten or watched)
 
 
 def kernels_take(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors: float32 on the CPU, with something in them, no subclass of Tensor."""
+    """Whether the kernels take these tensors: float32 on the CPU, with something in them, no subclass of Tensor, and no
+    gradient wanted."""
+    return not torch.is_grad_enabled() and _fit(tensors)
+
+
+def kernels_teach(*tensors: Tensor) -> bool:
+    """Whether the kernels with a backward take these tensors: the same, and gradients are wanted."""
+    return torch.is_grad_enabled() and _fit(tensors)
+
+
+def _fit(tensors: Sequence[Tensor]) -> bool:
     if not _free() or any(type(t) not in (Tensor, nn.Parameter) or not t.numel() for t in tensors):
         return False
     alike = all(t.dtype == tensors[0].dtype and t.device == tensors[0].device for t in tensors)

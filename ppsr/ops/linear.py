@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from ppsr.ops.eligibility import are_plain, kernels_take
+from ppsr.ops.eligibility import are_plain, kernels_take, kernels_teach
 from ppsr.ops.native import call, ready, require
+from ppsr.ops.training_layers import linear_training
 
 __all__ = ['linear_add', 'norm_linear', 'norm_linear_beside']
 
@@ -84,6 +85,8 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, *layers: nn.Linear, gelu: bool = 
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         if kernels_take(x, norm.weight, norm.bias, *weights, *biases):
             return torch.ops.ppsr.linear(x, [norm.weight, norm.bias], norm.eps, weights, biases, [], gelu)
+        if kernels_teach(x, norm.weight, norm.bias, *weights, *biases):
+            return linear_training(x, [norm.weight, norm.bias], norm.eps, weights, biases, gelu=gelu)
     x = norm(x)
     return [F.gelu(layer(x)) if gelu else layer(x) for layer in layers]
 
@@ -111,7 +114,7 @@ def norm_linear_beside(x: Tensor, norm: nn.LayerNorm, layer: nn.Linear, rows: Te
     ):
         parameters = [norm.weight, norm.bias], norm.eps, [layer.weight], [layer.bias]
         return torch.ops.ppsr.linear(x, *parameters, [], True, rows, row)[0]
-    u = F.gelu(layer(norm(x)))
+    (u,) = norm_linear(x, norm, layer, gelu=True)
     return torch.cat([u, rows.to(u.dtype)[row]], -1)
 
 
@@ -119,6 +122,9 @@ def linear_add(x: Tensor, layer: nn.Linear, *add: Tensor) -> Tensor:
     """layer(x) + the sum of some tensors, (..., C) -> (..., out). In one pass for up to two of the result's shape."""
     if are_plain(nn.Linear, layer) and layer.in_features == x.shape[-1] and len(add) <= 2:
         shape = *x.shape[:-1], layer.out_features
-        if all(a.shape == shape for a in add) and kernels_take(x, layer.weight, layer.bias, *add):
-            return torch.ops.ppsr.linear(x, [], 0.0, [layer.weight], [layer.bias], add, False)[0]
+        if all(a.shape == shape for a in add):
+            if kernels_take(x, layer.weight, layer.bias, *add):
+                return torch.ops.ppsr.linear(x, [], 0.0, [layer.weight], [layer.bias], add, False)[0]
+            if kernels_teach(x, layer.weight, layer.bias, *add):
+                return linear_training(x, [], 0.0, [layer.weight], [layer.bias], add)[0]
     return sum(add, start=layer(x))

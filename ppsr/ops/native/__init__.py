@@ -1,12 +1,13 @@
 """Compiled CPU kernels (float32): the library that setup.py builds from the C files here.
 
 ``windows.c`` and ``categories.c`` hold the loops over windows and category groups, ``groups.c`` what these two share,
-``layers.c`` the loops over everything else in a layer, ``runtime.c`` threads and memory. The kernels inside the loops,
-``attention_kernels.c`` and ``layer_kernels.c``, are compiled once for each instruction set (the best one that the
-processor has is taken at load time); ``products.h`` and ``simd.h`` hold what they are made of, ``kernels.h`` is the
-interface between kernels and loops. It is plain C behind ctypes, without headers of torch or Python: one build serves
-every version of both, and calls release the GIL. Where there was no C compiler the library is missing, and the
-``torch`` backend runs instead.
+``layers.c`` the loops over everything else in a layer, ``training.c`` over what has a backward of that, ``runtime.c``
+threads and memory. The kernels inside the loops, ``attention_kernels.c``, ``layer_kernels.c`` and
+``training_kernels.c``, are compiled once for each instruction set (the best one that the processor has is taken at load
+time); ``products.h`` and ``simd.h`` hold what they are made of, ``kernels.h`` and ``training.h`` are the interfaces
+between kernels and loops. It is plain C behind ctypes, without headers of torch or Python: one build serves every
+version of both, and calls release the GIL. Where there was no C compiler the library is missing, and the ``torch``
+backend runs instead.
 """
 
 import ctypes
@@ -31,6 +32,9 @@ _SIGNATURES = {
     'ppsr_linear': [*13 * [c_void_p], c_float, *7 * [c_int64]],
     'ppsr_linear_stand_in': [*7 * [c_void_p], c_float, *5 * [c_int64]],
     'ppsr_depthwise': 4 * [c_void_p] + 6 * [c_int64],
+    'ppsr_linear_backward': [*16 * [c_void_p], c_float, *6 * [c_int64]],
+    'ppsr_depthwise_training': 5 * [c_void_p] + 6 * [c_int64],
+    'ppsr_depthwise_backward': 7 * [c_void_p] + 6 * [c_int64],
     'ppsr_dictionary_attention': 5 * [c_void_p] + 6 * [c_int64],
     'ppsr_dictionary_refinement': [*6 * [c_void_p], c_float, *6 * [c_int64]],
 }

@@ -20,21 +20,25 @@
 #include <unistd.h>
 #endif
 
+#include "training.h"
+
 /* --- instruction sets --------------------------------------------------------------------------------------------- */
 
 extern const struct attention_kernels ppsr_attention_kernels_baseline, ppsr_attention_kernels_avx2, ppsr_attention_kernels_avx512;
 extern const struct layer_kernels ppsr_layer_kernels_baseline, ppsr_layer_kernels_avx2, ppsr_layer_kernels_avx512;
+extern const struct training_kernels ppsr_training_kernels_baseline, ppsr_training_kernels_avx2, ppsr_training_kernels_avx512;
 
 static const struct {
     const char *name;
     const struct attention_kernels *attention;
     const struct layer_kernels *layers;
+    const struct training_kernels *training;
 } targets[] = {
 #if defined(__x86_64__)
-    {"avx512", &ppsr_attention_kernels_avx512, &ppsr_layer_kernels_avx512},
-    {"avx2", &ppsr_attention_kernels_avx2, &ppsr_layer_kernels_avx2},
+    {"avx512", &ppsr_attention_kernels_avx512, &ppsr_layer_kernels_avx512, &ppsr_training_kernels_avx512},
+    {"avx2", &ppsr_attention_kernels_avx2, &ppsr_layer_kernels_avx2, &ppsr_training_kernels_avx2},
 #endif
-    {"baseline", &ppsr_attention_kernels_baseline, &ppsr_layer_kernels_baseline},
+    {"baseline", &ppsr_attention_kernels_baseline, &ppsr_layer_kernels_baseline, &ppsr_training_kernels_baseline},
 };
 enum { TARGETS = sizeof(targets) / sizeof(targets[0]) };
 static int current = TARGETS - 1; /* index into targets */
@@ -70,6 +74,8 @@ const char *ppsr_supported_target(int64_t i) {
 const struct attention_kernels *ppsr_attention_kernels(void) { return targets[current].attention; }
 
 const struct layer_kernels *ppsr_layer_kernels(void) { return targets[current].layers; }
+
+const struct training_kernels *ppsr_training_kernels(void) { return targets[current].training; }
 
 void ppsr_exp2(const float *x, float *y, int64_t n) { targets[current].attention->exp2(x, y, n); }
 

@@ -1,0 +1,59 @@
+/* What training.c asks of training_kernels.c, which is compiled once per instruction set. */
+#ifndef PPSR_TRAINING_H
+#define PPSR_TRAINING_H
+
+#include <stdint.h>
+
+#include "kernels.h"
+
+/* Gradients of linear layers y = GELU(norm(x) W + b) on the same tokens, side by side: `outs` outputs in all. Rows of
+ * `wide_in` and `wide_out` floats hold `in` and `outs` of them, filled up with zeros to multiples of 16. */
+struct linear_gradient {
+    const float *x; /* (tokens, in) */
+    int64_t in, wide_in;
+    float eps; /* of a LayerNorm in front, whose weights belong into W and b, or -1: none */
+    int64_t parts, width[2], outs, wide_out;
+    const float *grad[2];       /* (tokens, width), of the loss with respect to y */
+    const float *weight;        /* (outs, wide_in) */
+    const float *by_in, *bias;  /* (in, wide_out), (wide_out): the same weights and b, to compute what the GELU was given;
+                                 * NULL without a GELU */
+    float *grad_x;              /* (tokens, in) */
+};
+
+/* y = u + GELU(z), z the depthwise convolution of u with zeros around it, one image. */
+struct depthwise_gradient {
+    const float *u; /* (height, width, channels) */
+    int64_t height, width, channels, wide; /* channels filled up to a multiple of 16 */
+    int64_t kernel;
+    const float *weight, *bias; /* (kernel, kernel, wide), (wide) */
+    float *out;         /* forward: like u */
+    float *slope;       /* derivative of GELU at z, like u: the forward writes it, the backward reads it */
+    const float *grad;  /* backward: like u, of the loss with respect to y */
+    float *grad_u;
+};
+
+struct training_kernels {
+    /* Tokens begin … end - 1; adds to `sums` (outs, wide_in), then (wide_out): gradients of W and b. */
+    void (*linear)(const struct linear_gradient *, int64_t begin, int64_t end, float *scratch, float *sums);
+    /* Rows begin … end - 1. */
+    void (*depthwise_forward)(const struct depthwise_gradient *, int64_t begin, int64_t end, float *scratch);
+    /* The same; sets `sums` (kernel, kernel, wide), then (wide): gradients of weight and bias. */
+    void (*depthwise_backward)(const struct depthwise_gradient *, int64_t begin, int64_t end, float *scratch,
+                               float *sums);
+};
+
+const struct training_kernels *ppsr_training_kernels(void);
+
+#define COLUMNS 7 /* neighbours in a row that the convolution works on together: 7 sums and 7 weights fit 16 registers */
+
+/* Room for the tokens as they are multiplied, their gradients, those of the outputs, and a factor each. */
+static inline int64_t linear_gradient_floats(const struct linear_gradient *l) {
+    return CHUNK * (2 * l->wide_in + l->wide_out + 1);
+}
+
+/* Room for two maps of so many rows, with what is around them, of 16 channels (VL, at most). */
+static inline int64_t depthwise_gradient_floats(const struct depthwise_gradient *d, int64_t rows) {
+    return 2 * (rows + d->kernel - 1) * (padded(d->width, COLUMNS) + d->kernel - 1) * LANES;
+}
+
+#endif
