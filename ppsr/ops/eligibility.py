@@ -15,13 +15,15 @@ from ppsr.ops.dispatch import choose
 
 __all__ = ['are_plain', 'are_untouched', 'kernels_take', 'kernels_teach']
 
+# the hooks that are called for every module
+WATCHERS = [f'_global_{name}_hooks' for name in ('forward', 'forward_pre', 'backward', 'backward_pre')]
+
 
 def _free() -> bool:
     """Whether operators may be fused: nobody else rewrites them, nobody watches all modules (as FlopCounterMode,
     profilers and summaries do)."""
     rewritten = torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu')
-    watched = global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks
-    return not (rewritten or watched)
+    return not (rewritten or any(getattr(global_hooks, name) for name in WATCHERS))
 
 
 def kernels_take(*tensors: Tensor) -> bool:
@@ -51,6 +53,7 @@ def are_untouched(kind: type[nn.Module], *modules: nn.Module) -> bool:
         type(m) is kind
         and type(m.weight) is type(m.bias) is nn.Parameter
         and not (m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m))
+        and not (m._backward_hooks or m._backward_pre_hooks)
         for m in modules
     )
 

@@ -86,7 +86,7 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, *layers: nn.Linear, gelu: bool = 
         if kernels_take(x, norm.weight, norm.bias, *weights, *biases):
             return torch.ops.ppsr.linear(x, [norm.weight, norm.bias], norm.eps, weights, biases, [], gelu)
         if kernels_teach(x, norm.weight, norm.bias, *weights, *biases):
-            return linear_training(x, [norm.weight, norm.bias], norm.eps, weights, biases, gelu=gelu)
+            return linear_training(x, norm, *layers, gelu=gelu)
     x = norm(x)
     return [F.gelu(layer(x)) if gelu else layer(x) for layer in layers]
 
@@ -126,5 +126,5 @@ def linear_add(x: Tensor, layer: nn.Linear, *add: Tensor) -> Tensor:
             if kernels_take(x, layer.weight, layer.bias, *add):
                 return torch.ops.ppsr.linear(x, [], 0.0, [layer.weight], [layer.bias], add, False)[0]
             if kernels_teach(x, layer.weight, layer.bias, *add):
-                return linear_training(x, [], 0.0, [layer.weight], [layer.bias], add)[0]
+                return linear_training(x, None, layer, add=add)[0]
     return sum(add, start=layer(x))

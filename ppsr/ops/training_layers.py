@@ -5,156 +5,143 @@ define, where :func:`ppsr.ops.eligibility.kernels_teach` lets them. Their backwa
 tokens and what a GELU was given are computed again and not kept, except for the slope of the convolution's GELU, a map.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from ppsr.ops.native import call, ready, require
 
 __all__ = ['depthwise_training', 'linear_training']
 
-# ------------------------------------------------------------------ linear layers
 
-
-@torch.library.custom_op(
-    'ppsr::linear_training',
-    mutates_args=(),
-    device_types='cpu',
-    schema='(Tensor x, Tensor[] norm, float eps, Tensor[] weights, Tensor[] biases, Tensor[] add, bool gelu)'
-    ' -> Tensor[]',  # torch 2.4 does not understand the annotations
-)
-def _linear(
-    x: Tensor,
-    norm: Sequence[Tensor],
-    eps: float,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    add: Sequence[Tensor],
-    gelu: bool,
-) -> list[Tensor]:
-    return torch.ops.ppsr.linear(x, norm, eps, weights, biases, add, gelu)
-
-
-@_linear.register_fake
-def _(x, norm, eps, weights, biases, add, gelu):
-    return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
-
-
-@torch.library.custom_op(
-    'ppsr::linear_training_backward',
-    mutates_args=(),
-    device_types='cpu',
-    schema='(Tensor[] grads, Tensor x, Tensor[] norm, float eps, Tensor[] weights, Tensor[] biases, bool gelu)'
-    ' -> Tensor[]',
-)
-def _linear_backward(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    norm: Sequence[Tensor],
-    eps: float,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    gelu: bool,
-) -> list[Tensor]:
-    out = _like(x, *norm, *weights, *biases)
-    require(0 < len(weights) <= 2 and len(grads) == len(biases) == len(weights), 'one or two layers')
-    require(len(norm) in (0, 2) and all(p.numel() == x.shape[-1] for p in norm), 'a LayerNorm over the last dimension')
-    require(all(w.shape == (b.numel(), x.shape[-1]) for w, b in zip(weights, biases)), 'weights that fit x')
-    shapes = [(*x.shape[:-1], weight.shape[0]) for weight in weights]
-    require(all(g.shape == shape for g, shape in zip(grads, shapes)), 'gradients like the outputs')
-
-    def two(tensors: Sequence[Tensor]) -> list[Tensor | None]:
-        """Ready for C, a null pointer for each that is missing."""
-        return (ready(*tensors) + 2 * [None])[:2]
-
-    def by_layer(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor | None]:
-        return [t for pair in zip(two(first), two(second)) for t in pair]
-
-    (x,), layers = ready(x), len(weights)
-    grad_x, grad_norm, more = out[0], out[1 : 1 + len(norm)], out[1 + len(norm) :]
-    sizes = x.numel() // x.shape[-1], x.shape[-1], weights[0].shape[0], weights[1].shape[0] if layers > 1 else 0
-    given = *two(grads), x, *two(norm), *by_layer(weights, biases)
-    call(
-        'ppsr_linear_backward',
-        *(*given, grad_x, *two(grad_norm), *by_layer(more[:layers], more[layers:])),
-        *(eps, *sizes, gelu),
-    )
-    return out
+def _operator(schema: str) -> Callable[[Callable], Callable]:
+    """Decorator: registers ppsr::<schema> on the CPU. By a schema, since torch 2.4 does not understand annotations."""
+    name, arguments = schema.split('(', 1)
+    return torch.library.custom_op(f'ppsr::{name}', mutates_args=(), device_types='cpu', schema='(' + arguments)
 
 
 def _like(*tensors: Tensor) -> list[Tensor]:
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
 
 
-@_linear_backward.register_fake
-def _(grads, x, norm, eps, weights, biases, gelu):
-    return _like(x, *norm, *weights, *biases)
+# ------------------------------------------------------------------ linear layers
+
+_LAYERS = (
+    'Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor bias, Tensor? weight2, '
+    'Tensor? bias2'
+)
+
+
+@_operator(f'linear_training({_LAYERS}, Tensor? add, Tensor? add2, bool gelu) -> (Tensor, Tensor)')
+def _linear(x, norm_weight, norm_bias, eps, weight, bias, weight2, bias2, add, add2, gelu):
+    lists = [
+        [t for t in pair if t is not None] for pair in ((norm_weight, norm_bias), (weight, weight2), (bias, bias2))
+    ]
+    norm, weights, biases = lists
+    out = torch.ops.ppsr.linear(x, norm, eps, weights, biases, [a for a in (add, add2) if a is not None], gelu)
+    return out[0], out[1] if weight2 is not None else x.new_empty(0)
+
+
+@torch.library.register_fake('ppsr::linear_training')
+def _(x, norm_weight, norm_bias, eps, weight, bias, weight2, bias2, add, add2, gelu):
+    return _output(x, weight), x.new_empty(0) if weight2 is None else _output(x, weight2)
+
+
+def _output(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@_operator(
+    f'linear_training_backward(Tensor grad, Tensor? grad2, {_LAYERS}, bool gelu) -> ({", ".join(7 * ["Tensor"])})'
+)
+def _linear_backward(grad, grad2, x, norm_weight, norm_bias, eps, weight, bias, weight2, bias2, gelu):
+    channels = x.shape[-1]
+    for given, w, b in ((grad, weight, bias), (grad2, weight2, bias2)):
+        if w is not None:
+            require(w.shape == (b.numel(), channels), 'weights that fit x')
+            require(given.shape == (*x.shape[:-1], b.numel()), 'gradients like the outputs')
+    require(all(p is None or p.numel() == channels for p in (norm_weight, norm_bias)), 'a LayerNorm of the channels')
+    given = [grad, grad2, x, norm_weight, norm_bias, weight, bias, weight2, bias2]
+    given = [None if t is None else ready(t)[0] for t in given]
+    grads = [None if t is None else torch.empty_like(t) for t in given[2:]]
+    sizes = x.numel() // channels, channels, len(weight), 0 if weight2 is None else len(weight2)
+    call('ppsr_linear_backward', *given, *grads, eps, *sizes, gelu)
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
+
+
+@torch.library.register_fake('ppsr::linear_training_backward')
+def _(grad, grad2, x, norm_weight, norm_bias, eps, weight, bias, weight2, bias2, gelu):
+    tensors = x, norm_weight, norm_bias, weight, bias, weight2, bias2
+    return tuple(x.new_empty(0) if t is None else _like(t)[0] for t in tensors)
 
 
 def _linear_context(ctx, inputs, output):
-    x, norm, ctx.eps, weights, biases, add, ctx.gelu = inputs
-    ctx.counts = len(norm), len(weights), len(add)
-    ctx.save_for_backward(x, *norm, *weights, *biases)
+    x, norm_weight, norm_bias, ctx.eps, weight, bias, weight2, bias2, add, add2, ctx.gelu = inputs
+    ctx.additions = add is not None, add2 is not None
+    ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, weight2, bias2)
 
 
-def _linear_autograd(ctx, grads):
-    norms, layers, adds = ctx.counts
-    x, *more = ctx.saved_tensors
-    norm, weights, biases = more[:norms], more[norms : norms + layers], more[norms + layers :]
-    shapes = [(*x.shape[:-1], weight.shape[0]) for weight in weights]
-    grads = [x.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, shapes)]
-    out = torch.ops.ppsr.linear_training_backward(grads, x, norm, ctx.eps, weights, biases, ctx.gelu)
-    of_norm, of_weights, of_biases = out[1 : 1 + norms], out[1 + norms : 1 + norms + layers], out[1 + norms + layers :]
-    return out[0], of_norm, None, of_weights, of_biases, adds * [grads[0]], None
+def _linear_autograd(ctx, grad, grad2):
+    x, norm_weight, norm_bias, weight, bias, weight2, bias2 = ctx.saved_tensors
+    grad = torch.zeros_like(_output(x, weight)) if grad is None else grad
+    if weight2 is None:
+        grad2 = None
+    elif grad2 is None:
+        grad2 = torch.zeros_like(_output(x, weight2))
+    layers = x, norm_weight, norm_bias, ctx.eps, weight, bias, weight2, bias2
+    of_x, *others = torch.ops.ppsr.linear_training_backward(grad, grad2, *layers, ctx.gelu)
+    of_norm = others[:2] if norm_weight is not None else 2 * [None]
+    of_layers = others[2:] if weight2 is not None else [*others[2:4], None, None]
+    return of_x, *of_norm, None, *of_layers, *(grad if added else None for added in ctx.additions), None
 
 
 torch.library.register_autograd('ppsr::linear_training', _linear_autograd, setup_context=_linear_context)
 
 
-def _linear_macs(x_shape, weight_shapes) -> int:
-    return torch.Size(x_shape[:-1]).numel() * sum(width * channels for width, channels in weight_shapes)
+def _linear_macs(x_shape, weight_shape, weight2_shape) -> int:
+    layers = (shape for shape in (weight_shape, weight2_shape) if shape is not None)
+    return torch.Size(x_shape[:-1]).numel() * sum(torch.Size(shape).numel() for shape in layers)
 
 
 @register_flop_formula(torch.ops.ppsr.linear_training)
-def _(x_shape, norm_shapes, eps, weight_shapes, *args, **kwargs) -> int:
-    return 2 * _linear_macs(x_shape, weight_shapes)
+def _(x, norm_weight, norm_bias, eps, weight, bias, weight2, *args, **kwargs) -> int:
+    return 2 * _linear_macs(x, weight, weight2)
 
 
 @register_flop_formula(torch.ops.ppsr.linear_training_backward)
-def _(grad_shapes, x_shape, norm_shapes, eps, weight_shapes, bias_shapes, gelu, *args, **kwargs) -> int:
-    return (6 if gelu else 4) * _linear_macs(x_shape, weight_shapes)  # of the tokens, of the weights; the forward again
+def _(grad, grad2, x, norm_weight, norm_bias, eps, weight, bias, weight2, bias2, gelu, *args, **kwargs) -> int:
+    return (6 if gelu else 4) * _linear_macs(
+        x, weight, weight2
+    )  # for x, for the weights; with a GELU the forward again
 
 
 def linear_training(
-    x: Tensor,
-    norm: Sequence[Tensor],
-    eps: float,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    add: Sequence[Tensor] = (),
-    gelu: bool = False,
+    x: Tensor, norm: nn.LayerNorm | None, *layers: nn.Linear, add: Sequence[Tensor] = (), gelu: bool = False
 ) -> list[Tensor]:
-    """GELU(norm(x) weightᵀ + bias) + additions for one or two linear layers on the same tokens, with a backward.
+    """GELU(layer(norm(x))) + additions for one or two linear layers on the same tokens, with a backward.
 
     Args:
         x: (..., C) float32 on the CPU.
-        norm: weight and bias (C) of a LayerNorm with `eps`, or nothing.
-        weights, biases: (out, C) and (out) of each layer.
+        norm: over C, or None.
+        layers: one or two, from C channels.
         add: up to two tensors like the first result, to be added to it; not with a GELU.
 
     Returns:
         (..., out) for each layer.
     """
-    return torch.ops.ppsr.linear_training(x, norm, eps, weights, biases, add, gelu)
+    of_norm = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    of_layers = [p for layer in layers for p in (layer.weight, layer.bias)] + [None, None]
+    out = torch.ops.ppsr.linear_training(x, *of_norm, *of_layers[:4], *(*add, None, None)[:2], gelu)
+    return list(out[: len(layers)])
 
 
 # ------------------------------------------------------------------ depthwise convolution
 
 
-@torch.library.custom_op('ppsr::depthwise_training', mutates_args=(), device_types='cpu')
-def _depthwise(u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+@_operator('depthwise_training(Tensor u, Tensor weight, Tensor bias) -> (Tensor, Tensor)')
+def _depthwise(u, weight, bias):
     channels, kernel = u.shape[-1], weight.shape[-1]
     require(u.dim() == 4 and bias.numel() == channels, 'maps (B, H, W, C)')
     require(weight.shape == (channels, 1, kernel, kernel) and kernel % 2 == 1, 'a depthwise weight, square and odd')
@@ -164,13 +151,15 @@ def _depthwise(u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]
     return out, slope
 
 
-@_depthwise.register_fake
+@torch.library.register_fake('ppsr::depthwise_training')
 def _(u, weight, bias):
     return tuple(_like(u, u))
 
 
-@torch.library.custom_op('ppsr::depthwise_training_backward', mutates_args=(), device_types='cpu')
-def _depthwise_backward(grad: Tensor, u: Tensor, slope: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@_operator(
+    'depthwise_training_backward(Tensor grad, Tensor u, Tensor slope, Tensor weight) -> (Tensor, Tensor, Tensor)'
+)
+def _depthwise_backward(grad, u, slope, weight):
     channels, kernel = u.shape[-1], weight.shape[-1]
     require(u.dim() == 4 and grad.shape == slope.shape == u.shape, 'maps (B, H, W, C)')
     require(weight.shape == (channels, 1, kernel, kernel) and kernel % 2 == 1, 'a depthwise weight, square and odd')
@@ -180,7 +169,7 @@ def _depthwise_backward(grad: Tensor, u: Tensor, slope: Tensor, weight: Tensor) 
     return grads
 
 
-@_depthwise_backward.register_fake
+@torch.library.register_fake('ppsr::depthwise_training_backward')
 def _(grad, u, slope, weight):
     return *_like(u, weight), weight.new_empty(weight.shape[0])
 

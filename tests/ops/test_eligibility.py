@@ -51,7 +51,7 @@ def test_what_the_kernels_do_not_know_runs_in_pytorch():
 
 @needs_native
 def test_kernels_step_aside():
-    """Where a gradient is wanted, under autocast and under torch.compile the definition runs."""
+    """Under autocast and under torch.compile the definition runs; where a gradient is wanted, what has a backward."""
     x, linear = torch.randn(1, 10, 16), nn.Linear(16, 16)
     with use_backend('native'):
         assert linear_add(x, linear, x).requires_grad
