@@ -6,6 +6,7 @@ throughout; convolutions see the same memory as channels_last. Parameter names a
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ppsr.archs.masked import AS_PUBLISHED, MaskedNetwork, PurePassSettings, require
-from ppsr.archs.window_compensation import ExemptingLayer
+from ppsr.archs.window_compensation import ExemptingLayer, LinearInPlace, StandIn
 from ppsr.ops.category_attention import attention_macs as category_macs
 from ppsr.ops.category_attention import category_attention
 from ppsr.ops.depthwise import depthwise_mix
 from ppsr.ops.dictionary import Similarity, dictionary_attention
 from ppsr.ops.linear import linear_add, norm_linear, norm_linear_beside
+from ppsr.ops.some_linear import linear_some, norm_linear_some, of_windows_that_ask
+from ppsr.ops.stand_in import linear_stand_in
 from ppsr.ops.window_attention import attention_macs as window_macs
 from ppsr.ops.window_attention import window_attention
 
@@ -144,15 +147,7 @@ class CategoryAttention(nn.Module):
 
     def forward(self, qkv: Tensor, category: Tensor, pure: Tensor | None, *add: Tensor) -> Tensor:
         """qkv (B, N, 3C), category (B, N), pure (B, N) bool or None -> (B, N, C), plus what is to be added"""
-        x = category_attention(
-            qkv,
-            category,
-            self.scale(qkv),
-            num_heads=self.num_heads,
-            category_size=self.category_size,
-            pure=pure,
-            compensation=self.compensation,
-        )
+        x = self.attend(qkv, category, pure, self.compensation)
         if pure is None or self.compensation == 'value':
             return linear_add(x, self.proj, *add)
         # 'bypass' and 'zero' skip the projection, too: x already holds what a pure token gets
@@ -161,6 +156,29 @@ class CategoryAttention(nn.Module):
         else:
             x = x.masked_scatter(~pure[..., None], self.proj(x[~pure]).to(x.dtype))
         return sum(add, start=x)
+
+    def attend(self, qkv: Tensor, category: Tensor, pure: Tensor | None, compensation: str) -> Tensor:
+        """:meth:`forward` up to the projection, pure tokens compensated in this way."""
+        return category_attention(
+            qkv,
+            category,
+            self.scale(qkv),
+            num_heads=self.num_heads,
+            category_size=self.category_size,
+            pure=pure,
+            compensation=compensation,
+        )
+
+    @property
+    def sees(self) -> tuple[str, ...]:
+        """What a pure token's compensation depends on, as in :class:`WindowCompensation`."""
+        return () if self.compensation == 'zero' else ('own',)
+
+    def in_place(self, found: LinearInPlace, v: LinearInPlace) -> LinearInPlace:
+        """`found` plus what a pure token gets, given what the value vectors are."""
+        if self.compensation == 'zero':
+            return found
+        return found + (v.through(self.proj) if self.compensation == 'value' else v)
 
     def macs(self, tokens: int, active: list[int]) -> int:
         """Multiply-adds for so many tokens in all, of which `active` of each image are not exempt."""
@@ -243,6 +261,9 @@ class AttentionLayer(ExemptingLayer):
     def attend(self, x: Tensor, k: Tensor, v: Tensor, pure: Tensor | None) -> tuple[Tensor, Tensor, Similarity]:
         """The attentions: map x (B, H, W, C), keys and values of the dictionary, pure (B, N) bool or None -> next x,
         category (B, N), similarity"""
+        stand_in = self.in_one(pure, self.wqkv, self.attn_win, self.attn_aca)
+        if stand_in is not None:
+            return self.attend_where_asked(x, k, v, pure, stand_in)
         qkv, q = norm_linear(x, self.norm1, self.wqkv, self.attn_atd.wq)
         x_atd, category, similarity = self.attn_atd(q.flatten(1, 2), k, v)
         exempt = self.exempt('category', pure)
@@ -250,21 +271,41 @@ class AttentionLayer(ExemptingLayer):
         x = self.attn_win(qkv, self.shift, x, x_cross, **self.exemption(x, self.norm1, qkv, pure))
         return x, category, similarity
 
+    def attend_where_asked(
+        self, x: Tensor, k: Tensor, v: Tensor, pure: Tensor, stand_in: StandIn
+    ) -> tuple[Tensor, Tensor, Similarity]:
+        """:meth:`attend` with `stand_in` for all that pure tokens are exempt from: queries and projections are computed
+        for the others alone, keys and values where one of those may read them."""
+        flat, pure = pure, pure.view(x.shape[:3])
+        asking, far_too = ~pure, 'category' in self.scope
+        if far_too:
+            heard = of_windows_that_ask(pure, self.attn_win.window_size, self.shift)
+            qkv, q = norm_linear_some(x, self.norm1, self.wqkv, self.attn_atd.wq, asking, heard)
+        else:
+            qkv, q = norm_linear(x, self.norm1, self.wqkv, self.attn_atd.wq)
+        x_cross, category, similarity = self.attn_atd(q.flatten(1, 2), k, v)
+        if far_too:
+            far = self.attn_aca.attend(qkv.flatten(1, 2), category, flat, 'zero')
+            x_cross = linear_some(x_cross, far, self.attn_aca.proj, ~flat, x_cross).view(x.shape)
+        else:
+            x_cross = self.attn_aca(qkv.flatten(1, 2), category, None, x_cross).view(x.shape)
+        near = self.attn_win.attend(qkv, self.shift, pure)
+        out = linear_stand_in(torch.empty_like(x), pure, x, self.norm1, *stand_in[:2], x, x_cross, **stand_in.seen())
+        return linear_some(out, near, self.attn_win.proj, asking, x, x_cross), category, similarity
+
     def window_example(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z = self.norm1(x)
         return z, self.attn_win.attend(self.wqkv(z), self.shift)
 
-    def macs(self, tokens: int, active: list[int]) -> dict[str, int]:
-        """Multiply-adds by part for images of so many tokens, of which `active` of each image are not exempt."""
-        atd, c, images = self.attn_atd, self.wqkv.in_features, len(active)
+    def macs(self, tokens: int, active: list[int], heard: int) -> dict[str, int]:
+        """Multiply-adds by part for images of so many tokens, of which `active` of each image are not exempt; `heard`
+        of all images are in windows that hold one of these."""
+        atd, c, every = self.attn_atd, self.wqkv.in_features, len(active) * tokens
         m, r = atd.num_tokens, atd.wq.out_features
-        asking = active if 'category' in self.scope else images * [tokens]
         return {
-            'qkv': images * tokens * c * 3 * c,
-            'window': self.window_macs(self.attn_win, tokens, active),
-            'dictionary': images * tokens * (c * r + r * m + m * c),
-            'category': self.attn_aca.macs(images * tokens, asking),
-            'ffn': self.convffn.macs(images * tokens),
+            **self.macs_in_one(tokens, active, heard, self.attn_win, self.attn_aca),
+            'dictionary': every * (c * r + r * m + m * c),
+            'ffn': self.convffn.macs(every),
         }
 
 
@@ -498,8 +539,13 @@ class WindowNetwork(MaskedNetwork):
         macs['shallow'] = images * tokens * 3 * c * 9
         macs['convolutions'] = images * tokens * c * c * 9 * (len(self.layers) + 1)
         macs['upsampler'] = images * tokens * c * self.upsample[0].out_channels * 9
+
+        @cache
+        def heard(shift: int) -> int:
+            return int(of_windows_that_ask(mask, self.window_size, shift).sum())
+
         for layer in self.every_layer():
-            for part, count in layer.macs(tokens, active).items():
+            for part, count in layer.macs(tokens, active, heard(layer.shift)).items():
                 macs[part] += count
         return macs
 

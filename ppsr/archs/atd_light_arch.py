@@ -51,8 +51,8 @@ class ATDLayer(AttentionLayer):
         keep = torch.sigmoid(self.sigma)
         return keep * td + (1 - keep) * dictionary_refinement(similarity, x, self.norm3)
 
-    def macs(self, tokens: int, active: list[int]) -> dict[str, int]:
-        macs, images, (r, c) = super().macs(tokens, active), len(active), self.attn_atd.wk.weight.shape
+    def macs(self, tokens: int, active: list[int], heard: int) -> dict[str, int]:
+        macs, images, (r, c) = super().macs(tokens, active, heard), len(active), self.attn_atd.wk.weight.shape
         keys_and_values, refinement = r + c, tokens if self.refines else 0
         macs['dictionary'] += images * self.attn_atd.num_tokens * c * (keys_and_values + refinement)
         return macs

@@ -7,50 +7,25 @@ names are those of the published checkpoints, which load with strict=True. Check
 Its dictionaries are static. No token refines them, so what the layers make of them (keys and values of the dictionary
 attention, a row for the feed-forward network) follows from the weights alone, and inference computes it once.
 
-Read top to bottom: what is kept → layer → group → network; the branches of a layer and the frame are in
+Read top to bottom: layer → group → network; the branches of a layer and the frame are in
 :mod:`ppsr.archs.atd_layers`, with the meaning of the shapes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from ppsr.archs.atd_layers import AttentionLayer, DictionaryGroup, config_from_shapes
 from ppsr.archs.atd_light_arch import ATDLight
 from ppsr.archs.masked import PurePassOptions, require
-from ppsr.ops.dispatch import has_data
+from ppsr.archs.once import OncePerWeights, may_keep
 from ppsr.ops.eligibility import are_untouched
 from ppsr.registry import register
 
 __all__ = ['ATDLightV2', 'PPATDLightV2']
-
-T = TypeVar('T')
-
-
-class OncePerWeights:
-    """Keeps what was computed from weights until one of them has another value.
-
-    Values are compared, not versions: what moving averages and others write through ``.data`` raises no version.
-    """
-
-    def __init__(self):
-        self._kept: tuple[Tensor, object] | None = None  # the weights in a row, and what came of them
-
-    def get(self, weights: Sequence[Tensor], compute: Callable[[], T]) -> T:
-        """compute(), or what it gave when the weights were the same bit for bit; only under no_grad."""
-        now = torch.cat([weight.flatten() for weight in weights])
-        kept = self._kept
-        same = kept is not None and (kept[0].dtype, kept[0].device) == (now.dtype, now.device)
-        if not (same and torch.equal(kept[0], now)):
-            kept = self._kept = now, compute()
-        return kept[1]
-
-    def __reduce__(self):  # copies and pickles of a network begin with nothing kept
-        return OncePerWeights, ()
 
 
 class Entries(NamedTuple):
@@ -101,11 +76,7 @@ class StaticGroup(DictionaryGroup):
         def compute():  # its type is not written: torch 2.4 compiles no list[…] inside of a function
             return [layer.entries(self.td) for layer in self.layers]
 
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return compute()
-        if not has_data(self.td) or torch.is_autocast_enabled(self.td.device.type):
-            return compute()
-        if self.td.is_cuda and torch.cuda.is_current_stream_capturing():  # a comparison cannot be recorded
+        if not may_keep(self.td):
             return compute()
         sources = [m for layer in self.layers for m in (layer.attn_atd.wk, layer.attn_atd.wv, layer.fc_td)]
         if not are_untouched(nn.Linear, *sources):  # an adapter may have a will of its own

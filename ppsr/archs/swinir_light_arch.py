@@ -22,8 +22,10 @@ from ppsr.archs.atd_layers import (
     relative_position_index,
 )
 from ppsr.archs.masked import AS_PUBLISHED, PurePassOptions, PurePassSettings, reflect_pad, require
-from ppsr.archs.window_compensation import ExemptingLayer
+from ppsr.archs.window_compensation import ExemptingLayer, StandIn
 from ppsr.ops.linear import linear_add, norm_linear
+from ppsr.ops.some_linear import linear_some, norm_linear_some, of_windows_that_ask
+from ppsr.ops.stand_in import linear_stand_in
 from ppsr.registry import register
 
 __all__ = ['PPSwinIRLight', 'SwinIRLight']
@@ -71,6 +73,11 @@ class SwinBlock(ExemptingLayer):
 
     def forward(self, x: Tensor, pure: Tensor | None) -> Tensor:
         """Map x (B, H, W, C), pure (B, N) bool or None -> next x"""
+        stand_in = None if self.training else self.in_one(pure, self.attn.qkv, self.attn)
+        if stand_in is not None:
+            x = self.attend_where_asked(x, pure.view(x.shape[:3]), stand_in)
+            (u,) = norm_linear(x, self.norm2, self.mlp.fc1, gelu=True)
+            return linear_add(u, self.mlp.fc2, x)
         (qkv,) = norm_linear(x, self.norm1, self.attn.qkv)
         exemption = self.exemption(x, self.norm1, qkv, pure)
         if self.training and self.drop_path_rate > 0:
@@ -81,17 +88,26 @@ class SwinBlock(ExemptingLayer):
         (u,) = norm_linear(x, self.norm2, self.mlp.fc1, gelu=True)
         return linear_add(u, self.mlp.fc2, x)
 
+    def attend_where_asked(self, x: Tensor, pure: Tensor, stand_in: StandIn) -> Tensor:
+        """x + window attention with `stand_in` for it at the pure tokens, pure (B, H, W): queries and projections are
+        computed for the others alone, keys and values where one of those may read them."""
+        asking, heard = ~pure, of_windows_that_ask(pure, self.attn.window_size, self.shift)
+        qkv, _ = norm_linear_some(x, self.norm1, self.attn.qkv, None, asking, heard)
+        near = self.attn.attend(qkv, self.shift, pure)
+        out = linear_stand_in(torch.empty_like(x), pure, x, self.norm1, *stand_in[:2], x, **stand_in.seen())
+        return linear_some(out, near, self.attn.proj, asking, x)
+
     def window_example(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z = self.norm1(x)
         return z, self.attn.attend(self.attn.qkv(z), self.shift)
 
-    def macs(self, tokens: int, active: list[int]) -> dict[str, int]:
-        """Multiply-adds by part for images of so many tokens, of which `active` of each image are not exempt."""
-        c, images = self.norm1.normalized_shape[0], len(active)
+    def macs(self, tokens: int, active: list[int], heard: int) -> dict[str, int]:
+        """Multiply-adds by part for images of so many tokens, of which `active` of each image are not exempt; `heard`
+        of all images are in windows that hold one of these."""
+        c, every = self.norm1.normalized_shape[0], len(active) * tokens
         return {
-            'qkv': images * tokens * 3 * c * c,
-            'window': self.window_macs(self.attn, tokens, active),
-            'ffn': images * tokens * 2 * c * self.mlp.fc1.out_features,
+            **self.macs_in_one(tokens, active, heard, self.attn),
+            'ffn': every * 2 * c * self.mlp.fc1.out_features,
         }
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):

@@ -13,7 +13,7 @@ from torch.nn.modules import module as global_hooks
 
 from ppsr.ops.dispatch import choose
 
-__all__ = ['are_plain', 'are_untouched', 'kernels_take', 'kernels_teach']
+__all__ = ['are_plain', 'are_untouched', 'are_unwatched', 'kernels_take', 'kernels_teach']
 
 # the hooks that are called for every module
 WATCHERS = [f'_global_{name}_hooks' for name in ('forward', 'forward_pre', 'backward', 'backward_pre')]
@@ -49,13 +49,13 @@ def are_untouched(kind: type[nn.Module], *modules: nn.Module) -> bool:
 
     An adapter in their place, a patched forward or a hook (profilers, offloading) wants to be called.
     """
-    return all(
-        type(m) is kind
-        and type(m.weight) is type(m.bias) is nn.Parameter
-        and not (m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m))
-        and not (m._backward_hooks or m._backward_pre_hooks)
-        for m in modules
-    )
+    return all(type(m) is kind and type(m.weight) is type(m.bias) is nn.Parameter and are_unwatched(m) for m in modules)
+
+
+def are_unwatched(*modules: nn.Module) -> bool:
+    """Whether nothing but the modules' own forward and backward happens when they run."""
+    hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+    return not any(any(getattr(m, name) for name in hooks) or 'forward' in vars(m) for m in modules)
 
 
 def are_plain(kind: type[nn.Module], *modules: nn.Module) -> bool:

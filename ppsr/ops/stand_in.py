@@ -20,7 +20,13 @@ from ppsr.ops.native import call, ready, require
 __all__ = ['fill_pure', 'linear_stand_in', 'mean5']
 
 
-@torch.library.custom_op('ppsr::linear_stand_in', mutates_args=('out',), device_types='cpu')
+@torch.library.custom_op(
+    'ppsr::linear_stand_in',
+    mutates_args=('out',),
+    device_types='cpu',
+    schema='(Tensor(a!) out, Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight, Tensor bias,'
+    ' Tensor pure, bool own, bool around, Tensor[] add) -> ()',  # torch 2.4 does not understand the annotations
+)
 def _linear_stand_in(
     out: Tensor,
     x: Tensor,
@@ -30,20 +36,25 @@ def _linear_stand_in(
     weight: Tensor,
     bias: Tensor,
     pure: Tensor,
+    own: bool,
+    around: bool,
+    add: Sequence[Tensor],
 ) -> None:
-    c = x.shape[-1]
+    c, sees = x.shape[-1], own + around
     require(x.dim() == 4 and out.shape == x.shape and out.is_contiguous(), 'maps (B, H, W, C) of one shape')
     require(pure.shape == x.shape[:3] and pure.dtype == torch.bool, 'a mask (B, H, W)')
     require(norm_weight.numel() == norm_bias.numel() == c, 'a LayerNorm over the last dimension')
-    require(weight.shape == (c, 2 * c) and bias.numel() == c, 'weights (C, 2·C)')
+    require(sees > 0 and weight.shape == (c, sees * c) and bias.numel() == c, 'weights (C, C) or (C, 2·C)')
+    require(len(add) <= 2 and all(a.shape == x.shape for a in add), 'up to two tensors to add, like the map')
     _, x, norm_weight, norm_bias, weight, bias = ready(out, x, norm_weight, norm_bias, weight, bias)
     # the LayerNorm's own weights go into the layer's, and a mean of normalised tokens wants them as one token does
-    twice = norm_weight.repeat(2), norm_bias.repeat(2)
-    call('ppsr_linear_stand_in', x, *twice, weight, bias, pure.contiguous(), out, eps, *x.shape)
+    norm = norm_weight.repeat(sees), norm_bias.repeat(sees)
+    add = (ready(*add) + 2 * [None])[:2]
+    call('ppsr_linear_stand_in', x, *norm, weight, bias, *add, pure.contiguous(), out, eps, own, around, *x.shape)
 
 
 @_linear_stand_in.register_fake
-def _(out, x, norm_weight, norm_bias, eps, weight, bias, pure):
+def _(out, x, norm_weight, norm_bias, eps, weight, bias, pure, own, around, add):
     return None
 
 
@@ -85,15 +96,35 @@ def fill_pure(out: Tensor, pure: Tensor, maps: Callable[[], Sequence[Tensor]], r
     return out
 
 
-def linear_stand_in(out: Tensor, pure: Tensor, x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> Tensor:
-    """:func:`fill_pure` with A z + B mean5(z) + c of z = norm(x); weight (C, 2·C) = [A, B], bias (C,) = c."""
+def linear_stand_in(
+    out: Tensor,
+    pure: Tensor,
+    x: Tensor,
+    norm: nn.LayerNorm,
+    weight: Tensor,
+    bias: Tensor,
+    *add: Tensor,
+    own: bool = True,
+    around: bool = True,
+) -> Tensor:
+    """:func:`fill_pure` with A z + B mean5(z) + c of z = norm(x), plus the rows of what is to be added, maps like x.
+
+    Args:
+        weight: (C, 2·C) = [A, B]; (C, C) where the token itself (`own`) or the mean (`around`) plays no part.
+        bias: (C,) = c.
+    """
     fits = are_plain(nn.LayerNorm, norm) and norm.normalized_shape == x.shape[-1:] and out.is_contiguous()
-    if fits and kernels_take(x, out, norm.weight, norm.bias, weight, bias):
-        torch.ops.ppsr.linear_stand_in(out, x, norm.weight, norm.bias, norm.eps, weight, bias, pure)
+    if fits and len(add) <= 2 and kernels_take(x, out, norm.weight, norm.bias, weight, bias, *add):
+        parameters = norm.weight, norm.bias, norm.eps, weight, bias
+        torch.ops.ppsr.linear_stand_in(out, x, *parameters, pure, own, around, add)
         return out
 
     def maps():  # its type is not written: torch 2.4 compiles no tuple[…] inside of a function
         z = norm(x)
-        return z, mean5(z)
+        return [*([z] if own else []), *([mean5(z)] if around else []), *add]
 
-    return fill_pure(out, pure, maps, lambda *rows: F.linear(torch.cat(rows, -1), weight, bias))
+    def rows(*found):
+        seen = own + around
+        return sum(found[seen:], start=F.linear(torch.cat(found[:seen], -1), weight, bias))
+
+    return fill_pure(out, pure, maps, rows)

@@ -113,8 +113,65 @@ def test_all_pure_attends_to_nothing(compensation):
     net = network(compensation)
     macs = net.macs(16, 16, torch.ones(1, 16, 16, dtype=torch.bool))
     c, layers = TINY['embed_dim'], 4
-    stand_in = 2 * c * c if compensation == 'linear' else 0
-    assert macs['window'] == layers * 256 * (c * c + stand_in) and macs['category'] == layers * 256 * c * c
+    sees = 1 if compensation == 'value' else 2  # the value vector, through the projection of AC-MSA, is one of two
+    assert macs['window'] == layers * 256 * sees * c * c and macs['qkv'] == macs['category'] == 0
+
+
+@pytest.mark.parametrize('arch', [PPATDLight, PPATDLightV2])
+@pytest.mark.parametrize('scope', [BOTH, ['window']], ids='-'.join)
+@pytest.mark.parametrize('of_category', ['value', 'bypass', 'zero'])
+@EACH
+def test_all_that_pure_tokens_get_in_one_product_is_what_each_attention_gives(compensation, of_category, scope, arch):
+    net = network(compensation, scope, arch, pp_compensation=of_category).eval().double()
+    layer, lq = first_layer(net), batch(24, 32).double()
+    for parameter in net.parameters():
+        parameter.data += torch.randn_like(parameter) / 8  # biases are zeros at first
+    each = net(lq).detach()  # gradients are wanted: nothing is put together
+    for backend in ('torch', 'reference'):
+        with torch.no_grad(), use_backend(backend):
+            torch.testing.assert_close(net(lq), each, atol=1e-9, rtol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(net.float()(lq.float()).double(), each, atol=2e-3, rtol=0)
+        assert layer.kept._kept is not None
+
+
+def test_what_is_put_together_follows_the_weights():
+    net, lq = network().eval().double(), batch().double()
+    with torch.no_grad():
+        net(lq)
+        for name in (
+            'comp.weight',
+            'comp.bias',
+            'wqkv.weight',
+            'wqkv.bias',
+            'attn_win.proj.weight',
+            'attn_aca.proj.bias',
+        ):
+            first_layer(net).get_parameter(name).data.mul_(1.5).add_(0.01)
+            output = net(lq)
+            with torch.enable_grad():
+                torch.testing.assert_close(output, net(lq).detach(), atol=1e-10, rtol=1e-10)
+
+
+def test_modules_that_somebody_watches_or_replaced_are_called():
+    net, lq = network().eval(), batch()
+    layer, calls = first_layer(net), []
+    with torch.no_grad():
+        together = net(lq)
+        for module in (layer.attn_win, layer.attn_aca, layer.attn_aca.proj, layer.comp, layer.wqkv):
+            with module.register_forward_hook(lambda module, *_: calls.append(module)):
+                torch.testing.assert_close(net(lq), together, atol=1e-4, rtol=0)
+        assert calls == [layer.attn_win, layer.attn_aca, layer.attn_aca.proj, layer.comp, layer.wqkv]
+
+
+@pytest.mark.parametrize('backend', ['torch', 'native'])
+def test_an_image_alone_is_what_it_is_beside_others(backend):
+    net, lq = network().eval(), batch(32, 32)
+    with torch.no_grad(), use_backend(backend):
+        together, alone = net(lq), torch.cat([net(image[None]) for image in lq])
+    if backend == 'native':
+        assert torch.equal(together, alone)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize('scope', [BOTH, ['window']], ids='-'.join)

@@ -15,8 +15,9 @@ def case(h, w, c, share, seed=0):
     return random(2, h, w, c), random(2, h, w, c, seed=1) * 3 + 1, pure
 
 
-def run(dtype, norm, linear, out, x, pure):
-    return linear_stand_in(out.to(dtype), pure, x.to(dtype), norm, linear.weight, linear.bias)
+def run(dtype, norm, linear, out, x, pure, *add, **sees):
+    add = [a.to(dtype) for a in add]
+    return linear_stand_in(out.to(dtype), pure, x.to(dtype), norm, linear.weight, linear.bias, *add, **sees)
 
 
 def test_mean_of_the_neighbourhood_that_there_is():
@@ -35,6 +36,19 @@ def test_linear_stand_in(target, shape, share):
     out, x, pure = case(*shape, share)
     pure[0, 0, 0] = True
     actual, expected = kernel_and_definition(lambda d, *m: run(d, *m, out.clone(), x, pure), *modules)
+    assert_close(actual, expected)
+    assert torch.equal(actual[~pure], out.float()[~pure])
+
+
+@needs_native
+@pytest.mark.parametrize('sees', [(True, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize('additions', [0, 1, 2])
+def test_what_it_sees_and_what_is_added(target, sees, additions):
+    modules = randomise(nn.LayerNorm(20)), randomise(nn.Linear(sum(sees) * 20, 20))
+    out, x, pure = case(19, 23, 20, 0.4)
+    add = [random(2, 19, 23, 20, seed=seed) for seed in range(additions)]
+    sees = dict(zip(('own', 'around'), sees))
+    actual, expected = kernel_and_definition(lambda d, *m: run(d, *m, out.clone(), x, pure, *add, **sees), *modules)
     assert_close(actual, expected)
     assert torch.equal(actual[~pure], out.float()[~pure])
 
@@ -62,7 +76,7 @@ def test_registered_properly_and_refuses_what_does_not_fit():
     norm, linear = nn.LayerNorm(16), nn.Linear(32, 16)
     w = [p.detach() for p in (norm.weight, norm.bias, linear.weight, linear.bias)]
     op = torch.ops.ppsr.linear_stand_in
-    torch.library.opcheck(op.default, (out.float(), x.float(), *w[:2], 1e-5, *w[2:], pure))
+    torch.library.opcheck(op.default, (out.float(), x.float(), *w[:2], 1e-5, *w[2:], pure, True, True, [out.float()]))
     for wrong in (
         (out, x, *w[:2], 1e-5, *w[2:], pure),
         (out.float(), x.float()[:, :4], *w[:2], 1e-5, *w[2:], pure),
@@ -71,7 +85,11 @@ def test_registered_properly_and_refuses_what_does_not_fit():
         (out.float(), x.float(), w[0][:8], w[1], 1e-5, *w[2:], pure),
     ):
         with pytest.raises(ValueError, match='the operator takes'):
-            op(*wrong)
+            op(*wrong, True, True, [])
+    right = out.float(), x.float(), *w[:2], 1e-5, *w[2:], pure
+    for wrong in ((True, False, []), (False, False, []), (True, True, 3 * [x.float()]), (True, True, [x.float()[:1]])):
+        with pytest.raises(ValueError, match='the operator takes'):
+            op(*right, *wrong)
 
 
 @needs_native

@@ -52,20 +52,23 @@ struct linear {
         int64_t width;              /* outputs */
         const float *add[2];        /* like out, or NULL */
         float *out;                 /* (tokens, stride) */
-        int64_t stride;             /* the width, and behind the outputs of a token what fills up its row in out */
+        int64_t stride;             /* the width, and what else stands in the row of a token in out */
+        const uint8_t *only;        /* (tokens), the tokens that are worked on, or NULL: all */
     } *part;
     const float *rows; /* (…, columns), what fills up the rows of the first part, or NULL */
     const int64_t *row; /* (tokens), which one */
     int64_t columns;
 };
 
-/* Rows of pure tokens, the input normalised and its mean over 5 x 5, as far as there is a map, side by side, through a
- * linear layer (2 channels -> channels); one image. */
+/* Rows of pure tokens: the input normalised, or its mean over 5 x 5, as far as there is a map, or both side by side,
+ * through a linear layer (channels or 2 channels -> channels) + add[0] + add[1]; one image. */
 struct stand_in {
     const float *x; /* (height, width, channels) */
     int64_t height, width, channels;
     float eps;             /* of the LayerNorm, whose weights are in those of the layer */
+    int own, around;       /* what the layer sees: the token, the mean */
     const float *weight, *bias; /* laid out as in struct part */
+    const float *add[2]; /* like out, or NULL */
     const uint8_t *pure; /* (height, width) */
     float *out;          /* like x; only rows of pure tokens are written */
 };
@@ -105,7 +108,8 @@ struct attention_kernels {
 
 /* On the tokens begin ... end - 1, or on a row of a map. */
 struct layer_kernels {
-    void (*linear)(const struct linear *, int64_t begin, int64_t end, float *scratch); /* of CHUNK * in floats */
+    /* scratch: linear_floats */
+    void (*linear)(const struct linear *, int64_t begin, int64_t end, float *scratch);
     void (*depthwise)(const struct depthwise *, int64_t row);
     /* Rows begin ... end - 1 of the map; scratch: stand_in_floats. */
     void (*stand_in)(const struct stand_in *, int64_t begin, int64_t end, float *scratch);
@@ -129,9 +133,14 @@ static inline int64_t scratch_floats(int64_t keys, int64_t dim) {
     return packed + (forward > backward ? forward : backward);
 }
 
-/* Room for five rows of a map and their sum; tokens with their means; what becomes of them. */
+enum { PARTS = 3 }; /* of a linear loop, at most */
+
+/* Room for a chunk normalised, and for those of each part whose turn comes when they are a chunk. */
+static inline int64_t linear_floats(int64_t in) { return (1 + PARTS) * CHUNK * in; }
+
+/* Room for five rows of a map and their sum; tokens with their means. */
 static inline int64_t stand_in_floats(int64_t width, int64_t channels) {
-    return 6 * width * channels + 3 * CHUNK * channels;
+    return 6 * width * channels + 2 * CHUNK * channels;
 }
 
 /* Room for the similarities of 16 tokens and four sums like them, the queries, 16 rows of a panel. */

@@ -34,9 +34,10 @@ INLINE void normalise(int64_t n, int64_t in, float eps, const float *x, float *y
     }
 }
 
-/* `rows` <= BLOCK tokens, 16 outputs of which the first `lanes` exist, at `at` in the tensors of the part. */
+/* `rows` <= BLOCK tokens, 16 outputs of which the first `lanes` exist, in column `column` of a part; the tokens follow
+ * each other from number first on, or are the ones listed. */
 INLINE void linear_block(int rows, int64_t in, const float *x, const float *weight, const float *bias, int has_gelu,
-                         int64_t lanes, const struct part *part, int64_t at) {
+                         int64_t lanes, const struct part *part, int64_t column, int64_t first, const int64_t *token) {
     vf y[BLOCK][NV];
     EACH(i, rows)
         EACH(v, NV) y[i][v] = load(bias + v * VL);
@@ -44,41 +45,85 @@ INLINE void linear_block(int rows, int64_t in, const float *x, const float *weig
     if (has_gelu) EACH(i, rows) EACH(v, NV) y[i][v] = gelu(y[i][v]);
     if (lanes == LANES) {
         for (int a = 0; a < 2 && part->add[a]; a++)
-            EACH(i, rows)
-                EACH(v, NV) y[i][v] += load_anywhere(part->add[a] + at + i * part->stride + v * VL);
-        EACH(i, rows)
-            EACH(v, NV) store_anywhere(part->out + at + i * part->stride + v * VL, y[i][v]);
+            EACH(i, rows) {
+                const float *add = part->add[a] + (token ? token[i] : first + i) * part->stride + column;
+                EACH(v, NV) y[i][v] += load_anywhere(add + v * VL);
+            }
+        EACH(i, rows) {
+            float *to = part->out + (token ? token[i] : first + i) * part->stride + column;
+            EACH(v, NV) store_anywhere(to + v * VL, y[i][v]);
+        }
         return;
     }
     EACH(i, rows) {
         float row[LANES] __attribute__((aligned(64)));
         EACH(v, NV) store(row + v * VL, y[i][v]);
         for (int64_t l = 0; l < lanes; l++) {
-            const int64_t to = at + i * part->stride + l;
+            const int64_t to = (token ? token[i] : first + i) * part->stride + column + l;
             for (int a = 0; a < 2 && part->add[a]; a++) row[l] += part->add[a][to];
             part->out[to] = row[l];
         }
     }
 }
 
-INLINE void linear_panel(int64_t n, int64_t in, const float *x, const struct part *part, int64_t first, int64_t panel,
-                         int has_gelu) {
+INLINE void linear_panel(int64_t n, int64_t in, const float *x, const struct part *part, int64_t panel, int has_gelu,
+                         int64_t first, const int64_t *token) {
     const float *weight = part->weight + panel * in * LANES, *bias = part->bias + panel * LANES;
-    const int64_t left = part->width - panel * LANES, lanes = left < LANES ? left : LANES;
-    int64_t i = 0, at = first * part->stride + panel * LANES;
-    for (; i + BLOCK <= n; i += BLOCK, at += BLOCK * part->stride)
-        linear_block(BLOCK, in, x + i * in, weight, bias, has_gelu, lanes, part, at);
-    for (; i < n; i++, at += part->stride) linear_block(1, in, x + i * in, weight, bias, has_gelu, lanes, part, at);
+    const int64_t left = part->width - panel * LANES, lanes = left < LANES ? left : LANES, column = panel * LANES;
+    int64_t i = 0;
+    for (; i + BLOCK <= n; i += BLOCK)
+        linear_block(BLOCK, in, x + i * in, weight, bias, has_gelu, lanes, part, column, first + i,
+                     token ? token + i : NULL);
+    /* the rest in powers of two, to keep several accumulators going */
+#pragma GCC unroll 4
+    for (int step = 8; step; step /= 2)
+        if (step < BLOCK && n - i >= step) {
+            linear_block(step, in, x + i * in, weight, bias, has_gelu, lanes, part, column, first + i,
+                         token ? token + i : NULL);
+            i += step;
+        }
+}
+
+/* A chunk of tokens, n rows of x, through a part: those from number first on, or those listed. */
+INLINE void linear_part(int64_t n, int64_t in, const float *x, const struct part *part, int has_gelu, int64_t first,
+                        const int64_t *token) {
+    for (int64_t panel = 0; panel * LANES < part->width; panel++)
+        if (token)
+            linear_panel(n, in, x, part, panel, 0, 0, token);
+        else if (has_gelu)
+            linear_panel(n, in, x, part, panel, 1, first, NULL);
+        else
+            linear_panel(n, in, x, part, panel, 0, first, NULL);
 }
 
 INLINE void prefetch(const float *x, int64_t floats) {
     for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(x + i, 0, 2);
 }
 
+/* Tokens of a part that wait until they are a chunk. */
+struct queue {
+    int64_t waiting, token[CHUNK];
+    float *x; /* (CHUNK, in) */
+};
+
+static int64_t count(int64_t n, const uint8_t *is) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += is[i];
+    return sum;
+}
+
 static void linear(const struct linear *l, int64_t begin, int64_t end, float *scratch) {
+    struct queue queue[PARTS];
+    for (int64_t p = 0; p < l->parts; p++) queue[p] = (struct queue){.x = scratch + (1 + p) * CHUNK * l->in};
     for (int64_t first = begin; first < end; first += CHUNK) {
         const int64_t n = end - first < CHUNK ? end - first : CHUNK;
         const int64_t next = first + CHUNK, soon = next < end ? (end - next < CHUNK ? end - next : CHUNK) : 0;
+        int64_t wanted[PARTS], most = 0;
+        for (int64_t p = 0; p < l->parts; p++) {
+            wanted[p] = l->part[p].only ? count(n, l->part[p].only + first) : n;
+            most = most > wanted[p] ? most : wanted[p];
+        }
+        if (!most) continue;
         /* memory that is read in steps of a row, which the processor does not foresee */
         prefetch(l->x + next * l->in, soon * l->in);
         for (int a = 0; a < 2 && l->part->add[a]; a++)
@@ -88,16 +133,28 @@ static void linear(const struct linear *l, int64_t begin, int64_t end, float *sc
             normalise(n, l->in, l->eps, x, scratch);
             x = scratch;
         }
-        for (int64_t p = 0; p < l->parts; p++)
-            for (int64_t panel = 0; panel * LANES < l->part[p].width; panel++)
-                if (l->gelu)
-                    linear_panel(n, l->in, x, &l->part[p], first, panel, 1);
-                else
-                    linear_panel(n, l->in, x, &l->part[p], first, panel, 0);
+        for (int64_t p = 0; p < l->parts; p++) {
+            const struct part *part = &l->part[p];
+            struct queue *q = &queue[p];
+            if (wanted[p] == n) {
+                linear_part(n, l->in, x, part, l->gelu, first, NULL);
+                continue;
+            }
+            for (int64_t i = 0; i < n; i++) {
+                if (!part->only[first + i]) continue;
+                memcpy(q->x + q->waiting * l->in, x + i * l->in, l->in * sizeof(float));
+                q->token[q->waiting++] = first + i;
+                if (q->waiting < CHUNK) continue;
+                linear_part(CHUNK, l->in, q->x, part, 0, 0, q->token);
+                q->waiting = 0;
+            }
+        }
         for (int64_t t = first; t < first + n && l->rows; t++)
             for (int64_t i = 0; i < l->columns; i++)
                 l->part->out[t * l->part->stride + l->part->width + i] = l->rows[l->row[t] * l->columns + i];
     }
+    for (int64_t p = 0; p < l->parts; p++)
+        if (queue[p].waiting) linear_part(queue[p].waiting, l->in, queue[p].x, &l->part[p], 0, 0, queue[p].token);
 }
 
 /* --- what stands in for attention ----------------------------------------------------------------------------------- */
@@ -119,44 +176,45 @@ INLINE void scale_row(int64_t n, float factor, float *x) {
 INLINE int64_t within(int64_t i, int64_t n) { return i < 0 ? 0 : i < n ? i : n - 1; }
 
 static void stand_in(const struct stand_in *s, int64_t begin, int64_t end, float *scratch) {
-    const int64_t c = s->channels, row = s->width * c;
-    float *normal = scratch, *sum = normal + SIDE * row, *rows = sum + row, *product = rows + CHUNK * 2 * c;
-    const struct part part = {s->weight, s->bias, c, {NULL, NULL}, product, c};
-    const struct linear layer = {rows, 2 * c, -1, 0, 1, &part};
+    const int64_t c = s->channels, row = s->width * c, in = (s->own + s->around) * c, reach = s->around ? REACH : 0;
+    float *normal = scratch, *sum = normal + SIDE * row, *rows = sum + row;
+    const struct part part = {s->weight, s->bias, c, {s->add[0], s->add[1]}, s->out, c, NULL};
     int64_t waiting = 0, ready = 0, token[CHUNK]; /* tokens in `rows`; the first row of the map that is not normalised */
     for (int64_t y = begin; y < end; y++) {
         const uint8_t *pure = s->pure + y * s->width;
         const uint8_t *found = memchr(pure, 1, s->width);
         if (!found) continue;
-        const int64_t top = within(y - REACH, s->height), bottom = within(y + REACH, s->height);
+        const int64_t top = within(y - reach, s->height), bottom = within(y + reach, s->height);
         for (ready = ready > top ? ready : top; ready <= bottom; ready++)
             normalise(s->width, c, s->eps, s->x + ready * row, normal + ready % SIDE * row);
         int64_t summed = within(found - pure - REACH, s->width); /* the first column without a sum */
         for (int64_t x = found - pure; x < s->width; x++) {
             if (!pure[x]) continue;
-            const int64_t left = within(x - REACH, s->width), right = within(x + REACH, s->width);
-            summed = summed > left ? summed : left;
-            if (summed <= right) {
-                const int64_t n = (right + 1 - summed) * c, at = summed * c;
-                memcpy(sum + at, normal + top % SIDE * row + at, n * sizeof(float));
-                for (int64_t r = top + 1; r <= bottom; r++) add_row(n, normal + r % SIDE * row + at, sum + at);
-                summed = right + 1;
+            float *to = rows + waiting * in;
+            if (s->own) {
+                memcpy(to, normal + y % SIDE * row + x * c, c * sizeof(float));
+                to += c;
             }
-            float *to = rows + waiting * 2 * c;
-            memcpy(to, normal + y % SIDE * row + x * c, c * sizeof(float));
-            memcpy(to + c, sum + left * c, c * sizeof(float));
-            for (int64_t i = left + 1; i <= right; i++) add_row(c, sum + i * c, to + c);
-            scale_row(c, 1 / (float)((bottom + 1 - top) * (right + 1 - left)), to + c);
+            if (s->around) {
+                const int64_t left = within(x - REACH, s->width), right = within(x + REACH, s->width);
+                summed = summed > left ? summed : left;
+                if (summed <= right) {
+                    const int64_t n = (right + 1 - summed) * c, at = summed * c;
+                    memcpy(sum + at, normal + top % SIDE * row + at, n * sizeof(float));
+                    for (int64_t r = top + 1; r <= bottom; r++) add_row(n, normal + r % SIDE * row + at, sum + at);
+                    summed = right + 1;
+                }
+                memcpy(to, sum + left * c, c * sizeof(float));
+                for (int64_t i = left + 1; i <= right; i++) add_row(c, sum + i * c, to);
+                scale_row(c, 1 / (float)((bottom + 1 - top) * (right + 1 - left)), to);
+            }
             token[waiting++] = y * s->width + x;
             if (waiting < CHUNK) continue;
-            linear(&layer, 0, waiting, NULL);
-            for (int64_t i = 0; i < waiting; i++) memcpy(s->out + token[i] * c, product + i * c, c * sizeof(float));
+            linear_part(CHUNK, in, rows, &part, 0, 0, token);
             waiting = 0;
         }
     }
-    if (!waiting) return;
-    linear(&layer, 0, waiting, NULL);
-    for (int64_t i = 0; i < waiting; i++) memcpy(s->out + token[i] * c, product + i * c, c * sizeof(float));
+    if (waiting) linear_part(waiting, in, rows, &part, 0, 0, token);
 }
 
 /* --- depthwise convolution ---------------------------------------------------------------------------------------- */

@@ -61,12 +61,45 @@ int ppsr_linear(const float *x, const float *norm_weight, const float *norm_bias
     if (!packed) return -1;
     const float *biases = pack(weight, bias, norm_weight, norm_bias, in, width, packed);
     const float *biases2 = weight2 ? pack(weight2, bias2, norm_weight, norm_bias, in, width2, packed + floats) : NULL;
-    const struct part parts[2] = {{packed, biases, width, {add ? add : add2, add ? add2 : NULL}, out, width + columns},
-                                  {packed + floats, biases2, width2, {NULL, NULL}, out2, width2}};
+    const struct part parts[2] = {
+        {packed, biases, width, {add ? add : add2, add ? add2 : NULL}, out, width + columns, NULL},
+        {packed + floats, biases2, width2, {NULL, NULL}, out2, width2, NULL}};
     struct linear_loop loop = {{x, in, norm_weight ? eps : -1, has_gelu != 0, weight2 ? 2 : 1, parts, rows, row, columns},
                                tokens};
     const int failed =
-        ppsr_for_each((tokens + RUN - 1) / RUN, threads, CHUNK * in * sizeof(float), &loop, linear_task);
+        ppsr_for_each((tokens + RUN - 1) / RUN, threads, linear_floats(in) * sizeof(float), &loop, linear_task);
+    free(packed);
+    return failed;
+}
+
+/* The same where not every token wants everything: weight (first + rest, in), whose `first` outputs are for the tokens
+ * marked in only_first, the others for those in only_rest, (tokens) each; a second layer for all, or NULL. Of the first
+ * layer, the other rows of out, (tokens, first + rest), stay as they are; what is added may be `out` itself. */
+int ppsr_linear_some(const float *x, const float *norm_weight, const float *norm_bias, const float *weight,
+                     const float *bias, const float *weight2, const float *bias2, const float *add, const float *add2,
+                     const uint8_t *only_first, const uint8_t *only_rest, float *out, float *out2, float eps,
+                     int64_t tokens, int64_t in, int64_t first, int64_t rest, int64_t width2, int64_t threads) {
+    const int64_t widths[PARTS] = {first, rest, width2};
+    const float *weights[PARTS] = {weight, weight + first * in, weight2};
+    const float *biases[PARTS] = {bias, bias + first, bias2};
+    const uint8_t *only[PARTS] = {only_first, only_rest, NULL};
+    struct part parts[PARTS];
+    int64_t floats = 0, used = 0;
+    for (int i = 0; i < PARTS; i++) floats += padded(widths[i], LANES) * (in + 1);
+    float *packed = ppsr_take(floats * sizeof(float)), *to = packed;
+    if (!packed) return -1;
+    for (int i = 0; i < PARTS; i++) {
+        if (!widths[i]) continue;
+        const float *packed_bias = pack(weights[i], biases[i], norm_weight, norm_bias, in, widths[i], to);
+        parts[used++] = (struct part){to, packed_bias, widths[i], {NULL, NULL}, i < 2 ? out + i * first : out2,
+                                      i < 2 ? first + rest : width2, only[i]};
+        to += padded(widths[i], LANES) * (in + 1);
+    }
+    parts->add[0] = add ? add : add2;
+    parts->add[1] = add ? add2 : NULL;
+    struct linear_loop loop = {{x, in, norm_weight ? eps : -1, 0, used, parts, NULL, NULL, 0}, tokens};
+    const int failed =
+        ppsr_for_each((tokens + RUN - 1) / RUN, threads, linear_floats(in) * sizeof(float), &loop, linear_task);
     free(packed);
     return failed;
 }
@@ -86,18 +119,23 @@ static void stand_in_task(void *context, int64_t task, int more, void *scratch) 
     image.x += number * skip * image.channels;
     image.pure += number * skip;
     image.out += number * skip * image.channels;
+    for (int a = 0; a < 2 && image.add[a]; a++) image.add[a] += number * skip * image.channels;
     ppsr_layer_kernels()->stand_in(&image, begin, smaller(begin + STRIP, image.height), scratch);
 }
 
-/* x, out (batch, height, width, channels), weights of a LayerNorm (2 channels: those of the input twice), weight
- * (channels, 2 channels), bias (channels), pure (batch, height, width); writes the rows of out that are pure. */
+/* x, out and what is added (or NULL), all (batch, height, width, channels), weights of a LayerNorm (channels; of the
+ * input twice if the layer sees a token and its mean), weight (channels, channels or twice as many), bias (channels),
+ * pure (batch, height, width), own, around: see struct stand_in; writes the rows of out that are pure. */
 int ppsr_linear_stand_in(const float *x, const float *norm_weight, const float *norm_bias, const float *weight,
-                         const float *bias, const uint8_t *pure, float *out, float eps, int64_t batch, int64_t height,
-                         int64_t width, int64_t channels, int64_t threads) {
-    float *packed = ppsr_take(padded(channels, LANES) * (2 * channels + 1) * sizeof(float));
+                         const float *bias, const float *add, const float *add2, const uint8_t *pure, float *out,
+                         float eps, int64_t own, int64_t around, int64_t batch, int64_t height, int64_t width,
+                         int64_t channels, int64_t threads) {
+    const int64_t in = (own + around) * channels;
+    float *packed = ppsr_take(padded(channels, LANES) * (in + 1) * sizeof(float));
     if (!packed) return -1;
-    const float *biases = pack(weight, bias, norm_weight, norm_bias, 2 * channels, channels, packed);
-    struct stand_in_loop loop = {{x, height, width, channels, eps, packed, biases, pure, out},
+    const float *biases = pack(weight, bias, norm_weight, norm_bias, in, channels, packed);
+    struct stand_in_loop loop = {{x, height, width, channels, eps, (int)own, (int)around, packed, biases,
+                                  {add ? add : add2, add ? add2 : NULL}, pure, out},
                                  (height + STRIP - 1) / STRIP};
     const int failed = ppsr_for_each(batch * loop.tasks, threads, stand_in_floats(width, channels) * sizeof(float),
                                      &loop, stand_in_task);
