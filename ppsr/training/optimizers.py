@@ -4,8 +4,12 @@ Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) is torch's
 torch 2.9). That one takes matrices only; here a convolution kernel (out, in, k, k) is the matrix (out, in·k·k), and the
 parameters that are no matrices at heart (norms, biases, tables, dictionaries, depthwise kernels) go to AdamW in the
 same object: rate schedules, warm-up, gradient scaling and checkpoints see one optimizer.
+
+On a CPU matrices are made orthogonal in float32 and all of a shape at once (:func:`orthogonalised`): torch does that
+one by one in bfloat16, which few CPUs can multiply, and a network of many small matrices waits for it.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,9 +17,59 @@ from torch import Tensor, nn
 
 from ppsr.errors import UserError
 
-__all__ = ['MuonAdamW', 'muon_for', 'muon_parameters']
+__all__ = ['MuonAdamW', 'muon_for', 'muon_parameters', 'orthogonalised']
 
 ADAMW = {'betas': (0.9, 0.95), 'weight_decay': 0.0}  # unless optim_g → adamw says otherwise
+
+# by what the rate of an out × in matrix is multiplied: torch.optim.Muon's adjust_lr_fn
+ADJUSTMENTS = {
+    None: lambda out, size: max(1, out / size) ** 0.5,
+    'original': lambda out, size: max(1, out / size) ** 0.5,
+    'match_rms_adamw': lambda out, size: 0.2 * max(out, size) ** 0.5,
+    'spectral_unclamped': lambda out, size: (out / size) ** 0.5,
+}
+
+
+def orthogonalised(matrices: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
+    """Matrices with nearly the same singular vectors whose singular values are all near 1: Newton–Schulz iterations.
+
+    Args:
+        matrices: (B, out, in), any float dtype, in which it is computed.
+        coefficients: a, b, c of X ← a X + (b X Xᵀ + c (X Xᵀ)²) X.
+        steps: how often.
+        eps: least Frobenius norm to divide by at first.
+
+    Returns:
+        (B, out, in).
+    """
+    a, b, c = coefficients
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def _step_in_batches(optimizer: torch.optim.Optimizer) -> None:
+    """What ``torch.optim.Muon.step`` does, on all matrices of a shape at once and in their own dtype."""
+    for group in optimizer.param_groups:
+        by_shape = defaultdict(list)
+        for p in group['params']:
+            if p.grad is not None:
+                state = optimizer.state[p]
+                if 'momentum_buffer' not in state:
+                    state['momentum_buffer'] = torch.zeros_like(p.grad)
+                momentum = state['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
+                update = p.grad.lerp(momentum, group['momentum']) if group['nesterov'] else momentum
+                by_shape[p.shape].append((p, update))
+        for shape, pairs in by_shape.items():
+            updates = torch.stack([update for _, update in pairs])
+            updates = orthogonalised(updates, group['ns_coefficients'], group['ns_steps'], group['eps'])
+            rate = group['lr'] * ADJUSTMENTS[group['adjust_lr_fn']](*shape)
+            for (p, _), update in zip(pairs, updates):
+                p.mul_(1 - group['lr'] * group['weight_decay']).add_(update, alpha=-rate)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -67,9 +121,12 @@ class MuonAdamW(torch.optim.Optimizer):
                 loss = closure()
         for parameter, flat in self._flat:
             flat.grad = None if parameter.grad is None else parameter.grad.reshape(flat.shape)
-        for group, part in zip(self.param_groups, self.parts.values()):
+        for group, (name, part) in zip(self.param_groups, self.parts.items()):
             part.param_groups[0]['lr'] = group['lr']
-            part.step()
+            if name == 'muon' and all(p.device.type == 'cpu' for p in group['params']):
+                _step_in_batches(part)
+            else:
+                part.step()
         for _, flat in self._flat:
             flat.grad = None
         return loss
