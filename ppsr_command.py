@@ -23,6 +23,7 @@ COMMANDS = {
     'test': 'test a network on benchmarks, from an options file',
     'prepare': 'make LR images, sub-images, meta files and LMDBs from HR folders',
     'upscale': 'enlarge pictures',
+    'video': 'enlarge a video, with its sound and subtitles',
     'mask': 'draw which pixels Pure-Pass finds pure',
     'compare': 'one picture: input, bicubic, ours, difference, mask',
     'calibrate': 'measure what fast settings cost, for upscale --max-loss',

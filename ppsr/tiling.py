@@ -24,6 +24,7 @@ from ppsr.errors import UserError
 
 __all__ = [
     'DEFAULT_OVERLAP',
+    'RepeatedTiles',
     'Totals',
     'count_tiles',
     'run_network',
@@ -138,6 +139,43 @@ def run_network(net, lq: Tensor, totals: Totals) -> tuple[Tensor, Tensor | None]
     totals.dense_macs += dense
     totals.macs += dense if mask is None else sum(contract.macs(height, width, mask).values())
     return sr, None if mask is None else mask[:, :height, :width]
+
+
+class RepeatedTiles:
+    """Remembers the tiles of one image, so that those of the next that have the same pixels are not computed again.
+
+    What the network makes of a tile depends on nothing but the tile's pixels, its share of the overlaps included, so
+    what is taken from memory equals what would have been computed, bit for bit. One frame's results are held in host
+    memory, in the precision in which the network gave them.
+
+    Attributes:
+        tiles: that were asked for.
+        reused: of them, those that were taken from memory.
+        macs: multiply-adds that the latter would have taken.
+    """
+
+    def __init__(self):
+        self.tiles, self.reused, self.macs = 0, 0, 0
+        self._last: list[tuple[Tensor, Tensor, Tensor | None, int]] = []
+
+    def around(self, run: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """`run` of :func:`tiled_bands` for one image, compared with the one before; `totals` counts what is computed."""
+        before, self._last = self._last[::-1], []
+
+        def run_new(net, lq: Tensor, totals: Totals) -> tuple[Tensor, Tensor | None]:
+            earlier = before.pop() if before else None  # frees the tiles of before one by one
+            self.tiles += 1
+            if earlier is not None and earlier[0].shape == lq.shape and torch.equal(earlier[0], lq):
+                self.reused += 1
+                self.macs += earlier[3]
+            else:
+                macs = totals.macs
+                sr, mask = run(net, lq, totals)
+                earlier = lq, sr.cpu(), None if mask is None else mask.cpu(), totals.macs - macs
+            self._last.append(earlier)
+            return earlier[1], earlier[2]
+
+        return run_new
 
 
 def tiled_bands(

@@ -5,6 +5,7 @@ network's rows are resized if another factor is wanted, alpha is added, samples 
 Only the picture itself and a band are in memory at a time (JPEG and WebP collect the result, arrays are the result).
 """
 
+import copy
 import dataclasses
 import logging
 import numbers
@@ -45,6 +46,7 @@ from ppsr.pictures.bands import resize_bands, split_alpha, to_numpy, with_alpha,
 from ppsr.pictures.tile_choice import TileChoice
 from ppsr.tiling import (
     DEFAULT_OVERLAP,
+    RepeatedTiles,
     Totals,
     accumulator_bytes,
     check_tiles,
@@ -226,13 +228,19 @@ class Upscaler:
         """Enlarge one picture; :meth:`upscale_with_stats` without the statistics (they stay in :attr:`stats`)."""
         return self.upscale_with_stats(image)[0]
 
-    def upscale_with_stats(self, image, on_tile: Callable[[int, int], None] | None = None):
+    def upscale_with_stats(
+        self,
+        image,
+        on_tile: Callable[[int, int], None] | None = None,
+        repeated: RepeatedTiles | None = None,
+    ):
         """Enlarge one picture.
 
         Args:
             image: a path, a Pillow image, or an array: (H, W), (H, W, 1 | 2 | 3 | 4), RGB order, alpha last and not
                 premultiplied; uint8, uint16, or float in [0, 1].
             on_tile: called with (tiles done, tiles in all).
+            repeated: what it remembers of the last picture is not computed again, and not counted in the statistics.
 
         Returns:
             The picture and its :class:`Stats`. An array gives an array of the same kind and dtype, a Pillow image and
@@ -265,7 +273,7 @@ class Upscaler:
                 row += len(band)
             return result
 
-        result, stats = self._enlarge(pixels, collect, result_bytes, on_tile)
+        result, stats = self._enlarge(pixels, collect, result_bytes, on_tile, repeated)
         return finish(result), self._remember(stats, start)
 
     def upscale_file(
@@ -356,20 +364,39 @@ class Upscaler:
         if not self.has_mask:
             return None
         pixels = _check_array(pixels)
-        tile = self._choose_tile(pixels, 0)
+        tile = self._choose_tile(pixels.shape, 0)
         colour, _, peak = split_alpha(pixels)
         with torch.inference_mode(), torch_as_it_comes():
             mask = tiled_mask(self._mask_of, self._reader(colour, peak), pixels.shape[:2], tile, self.tile_overlap)
         return mask[0].numpy()
+
+    def for_frames(self, shape: tuple[int, int, int], held: int, tile: int | None = None) -> 'Upscaler':
+        """An Upscaler with the same network that cuts all pictures of one size in the same way, whatever memory is free
+        when their turn comes.
+
+        Args:
+            shape: (H, W, C) of the pictures.
+            held: bytes that the caller holds from one picture to the next, the result included.
+            tile: side of the tiles, 0 = never cut; None = chosen now, as for one picture.
+
+        Raises:
+            UserError: the memory allowed is not enough for any tile.
+        """
+        made = copy.copy(self)
+        made.tile = self._choose_tile(shape, held) if tile is None else tile
+        made.max_memory = None
+        return made
 
     def _mask_of(self, lq: Tensor) -> Tensor:
         return as_masked(self.net).mask_of(lq)
 
     # ------------------------------------------------------------------------------------------------- the work
 
-    def _enlarge(self, pixels: np.ndarray, consume: Callable, result_bytes: int, on_tile) -> tuple[object, Stats]:
+    def _enlarge(
+        self, pixels: np.ndarray, consume: Callable, result_bytes: int, on_tile, repeated: RepeatedTiles | None = None
+    ) -> tuple[object, Stats]:
         """Feed the enlarged rows to `consume`; on running out of memory once more with smaller tiles."""
-        tile = self._choose_tile(pixels, result_bytes)
+        tile = self._choose_tile(pixels.shape, result_bytes)
         height, width = pixels.shape[:2]
         while True:
             totals, done = Totals(), 0
@@ -382,7 +409,7 @@ class Upscaler:
                     on_tile(done, total)  # noqa: B023 (called in this turn of the loop only)
 
             try:
-                result = consume(self._rows(pixels, tile, totals, count))
+                result = consume(self._rows(pixels, tile, totals, count, repeated))
                 break
             except Exception as error:
                 if not memory.is_out_of_memory(error):
@@ -395,17 +422,25 @@ class Upscaler:
         out = self._output_shape(pixels.shape)
         mask = None if totals.mask is None else totals.mask[0].numpy()
         gmacs, dense = totals.macs / 1e9, totals.dense_macs / 1e9
-        tile = 0 if totals.tiles == 1 else tile
+        tile = 0 if total == 1 else tile
         size, out_size = (width, height), (out[1], out[0])
         return result, Stats(size, out_size, totals.pure_share, gmacs, dense, 0.0, tile, totals.tiles, mask)
 
-    def _rows(self, pixels: np.ndarray, tile: int, totals: Totals, on_tile: Callable[[], None]) -> Iterator[np.ndarray]:
+    def _rows(
+        self,
+        pixels: np.ndarray,
+        tile: int,
+        totals: Totals,
+        on_tile: Callable[[], None],
+        repeated: RepeatedTiles | None = None,
+    ) -> Iterator[np.ndarray]:
         """The result in bands (rows, W', C), in the dtype of `pixels`."""
         height, width, _ = pixels.shape
         colour, alpha, peak = split_alpha(pixels)
         read = self._reader(colour, peak)
+        run = self._run if repeated is None else repeated.around(self._run)
         bands = tiled_bands(
-            self.net, read, (height, width), self.scale, tile, self.tile_overlap, totals, on_tile, self._run
+            self.net, read, (height, width), self.scale, tile, self.tile_overlap, totals, on_tile, run
         )
         rows = to_numpy(bands, gray=colour.shape[2] == 1)
         size, source = self._output_shape(pixels.shape)[:2], (height * self.scale, width * self.scale)
@@ -439,11 +474,11 @@ class Upscaler:
                 raise UserError('The network gives values that are not finite; its weights are damaged.')
         return sr, mask
 
-    def _choose_tile(self, pixels: np.ndarray, result_bytes: int) -> int:
-        """The tile for this picture; `result_bytes` are what it makes the caller hold until the end."""
-        size, fixed, per_row = pixels.shape[:2], 0.0, 0.0
+    def _choose_tile(self, shape: tuple[int, int, int], result_bytes: int) -> int:
+        """The tile for a picture of this shape; `result_bytes` are what it makes the caller hold until the end."""
+        size, fixed, per_row = shape[:2], 0.0, 0.0
         if self.device.type == 'cpu':  # else the network has a memory of its own
-            fixed = result_bytes + working_bytes(pixels.shape, self.scale, self.outscale)
+            fixed = result_bytes + working_bytes(shape, self.scale, self.outscale)
             per_row = accumulator_bytes(size[1], self.scale)
         tile = self._tiles.choose(
             size,

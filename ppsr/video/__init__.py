@@ -1,0 +1,5 @@
+"""Videos: enlarged frame by frame, with sound, subtitles and times kept (docs/video.md); needs PyAV, ``ppsr[video]``."""
+
+from ppsr.video.enlarge import VideoStats, upscale_video
+
+__all__ = ['VideoStats', 'upscale_video']
