@@ -159,7 +159,7 @@ class RepeatedTiles:
         self._last: list[tuple[Tensor, Tensor, Tensor | None, int]] = []
 
     def around(self, run: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """`run` of :func:`tiled_bands` for one image, compared with the one before; `totals` counts what is computed."""
+        """`run` of :func:`tiled_bands` for one image, compared with the one before; totals count what is computed."""
         before, self._last = self._last[::-1], []
 
         def run_new(net, lq: Tensor, totals: Totals) -> tuple[Tensor, Tensor | None]:

@@ -25,6 +25,7 @@ _server.set_forkserver_preload(
         'ppsr.training.train',
         'ppsr.training.loader',
         'ppsr.pictures.batch',
+        'ppsr.video',
         'ppsr.data.prepare',
         'ppsr.demo',
         'basicsr.train',

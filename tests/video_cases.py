@@ -4,6 +4,9 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from ppsr.video.colour import Layout, planes_of, rgb_to_planes
 
 SIZE = 32, 48
 
@@ -15,6 +18,42 @@ def moving(count, size=SIZE, seed=0):
     noise = (noise[:-1, :-1] // 2 + noise[1:, 1:] // 2)[: height - 1]
     noise = np.concatenate([noise, noise[-1:]])
     return [np.ascontiguousarray(noise[:, 4 * n : 4 * n + width]) for n in range(count)]
+
+
+def smooth(count, size=(64, 96)):
+    """(H, W, 3) uint8 pictures that move slowly: an encoder finds B-frames in them."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    colours = [
+        (np.sin((x + 2 * n) / 9) * 60 + 128, np.cos((y + n) / 7) * 60 + 128, (x + y + 3 * n) % 128 + 40)
+        for n in range(count)
+    ]
+    return [np.stack(colour, 2).astype(np.uint8) for colour in colours]
+
+
+def cartoon(count, size=(64, 96)):
+    """(H, W, 3) uint8 pictures as of a cartoon: a still background, a small figure that moves on every second one."""
+    background = moving(1, size)[0]
+    pictures = []
+    for n in range(count):
+        picture = background.copy()
+        left = 8 + 4 * (n // 2)
+        picture[10:20, left : left + 8] = (250, 120, 20)
+        pictures.append(picture)
+    return pictures
+
+
+def planar(picture, layout, colour):
+    """An av.VideoFrame of samples that are in the gamut: made of RGB by our own arithmetic."""
+    frame = av.VideoFrame(picture.shape[1], picture.shape[0], layout.name)
+    for plane, samples in zip(frame.planes, rgb_to_planes(picture, layout, colour)):
+        np.frombuffer(plane, layout.dtype).reshape(plane.height, -1)[:, : plane.width] = samples
+    return frame
+
+
+def samples(frame):
+    """The planes of an av.VideoFrame, as arrays."""
+    layout = Layout.of(frame.format)
+    return [plane.copy() for plane in planes_of(frame, layout, VideoReformatter())]
 
 
 def clip(
@@ -43,8 +82,11 @@ def clip(
         subtitles: codec of two lines; None = none.
         tags: attributes of the codec context (colorspace, color_range, …).
     """
-    with av.open(str(path), 'w', format=container) as out:
-        stream = out.add_stream(codec, rate=rate, options=options or {'crf': '0', 'preset': 'ultrafast'})
+    exact = {'movie_timescale': '90000'} if str(path).endswith('.mp4') else {}  # or a late start is rounded to 1 ms
+    with av.open(str(path), 'w', format=container, container_options=exact) as out:
+        stream = out.add_stream(
+            codec, rate=rate, options={'crf': '0', 'preset': 'ultrafast'} if options is None else options
+        )
         first = pictures[0] if pictures else np.zeros((*SIZE, 3), np.uint8)
         height, width = (first.height, first.width) if isinstance(first, av.VideoFrame) else first.shape[:2]
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
@@ -80,11 +122,11 @@ def clip(
 
 def _tone(stream):
     packets = []
-    samples = (np.sin(np.arange(48000) / 20) * 0.3).astype(np.float32)
+    wave = (np.sin(np.arange(48000) / 20) * 0.3).astype(np.float32)
     size = stream.codec_context.frame_size or 960
     layout, form = stream.codec_context.layout.name, stream.codec_context.format.name
     resampler = av.AudioResampler(form, layout, 48000, size)
-    frame = av.AudioFrame.from_ndarray(np.stack([samples, samples]), 'fltp', 'stereo')
+    frame = av.AudioFrame.from_ndarray(np.stack([wave, wave]), 'fltp', 'stereo')
     frame.sample_rate, frame.pts = 48000, 0
     for part in [*resampler.resample(frame), *resampler.resample(None)]:
         packets += stream.encode(part)
@@ -96,7 +138,7 @@ def read(path):
     other streams as (type, codec, [(pts in seconds, bytes)])."""
     with av.open(str(path)) as file:
         video = file.streams.video[0]
-        frames = [frame for frame in file.decode(video)]
+        frames = list(file.decode(video))
         times = [frame.pts * video.time_base for frame in frames]
     others = []
     with av.open(str(path)) as file:

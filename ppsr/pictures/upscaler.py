@@ -439,9 +439,7 @@ class Upscaler:
         colour, alpha, peak = split_alpha(pixels)
         read = self._reader(colour, peak)
         run = self._run if repeated is None else repeated.around(self._run)
-        bands = tiled_bands(
-            self.net, read, (height, width), self.scale, tile, self.tile_overlap, totals, on_tile, run
-        )
+        bands = tiled_bands(self.net, read, (height, width), self.scale, tile, self.tile_overlap, totals, on_tile, run)
         rows = to_numpy(bands, gray=colour.shape[2] == 1)
         size, source = self._output_shape(pixels.shape)[:2], (height * self.scale, width * self.scale)
         if size != source:

@@ -1,4 +1,4 @@
-"""Videos: enlarged frame by frame, with sound, subtitles and times kept (docs/video.md); needs PyAV, ``ppsr[video]``."""
+"""Videos: enlarged frame by frame, with sound and subtitles (docs/video.md); needs PyAV, ``ppsr[video]``."""
 
 from ppsr.video.enlarge import VideoStats, upscale_video
 

@@ -1,5 +1,6 @@
 """Writing video: which codec and format, how an encoder is set up, and a run of frames as packets."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,6 +19,7 @@ DEFAULT_CODECS = {'webm': 'libvpx-vp9'}  # by container, else libx264
 DEFAULT_CRF = {'libx264': 17, 'libx265': 19, 'libsvtav1': 22, 'libvpx-vp9': 20, 'libvpx': 8}
 # what goes with crf where it is not enough by itself: no bit rate as a bound
 WITH_CRF = {'libvpx-vp9': {'b': '0'}}
+QUIET = {'libx265': {'x265-params': 'log-level=error'}}  # it tells its settings otherwise
 EVEN_ONLY = ('libx264', 'libx265', 'libsvtav1')  # of sides that chroma is halved along
 GLOBAL_HEADER = 1 << 22  # AV_CODEC_FLAG_GLOBAL_HEADER: all of CONTAINERS want it
 
@@ -108,12 +110,13 @@ class Encoder:
             self.codec = self.av.Codec(self.name, 'w')
         except self.av.codec.codec.UnknownCodecError:
             offered = [name for name in (*DEFAULT_CRF, 'ffv1', 'prores_ks') if name in self.av.codecs_available]
-            raise UserError(f'PyAV has no encoder {self.name}; it has {", ".join(offered)}, …') from None
+            raise UserError(f'PyAV has no encoder {self.name}; it has {", ".join(offered)} and others.') from None
         self.name = self.codec.name
         if self.codec.type != 'video':
             raise UserError(f'{self.name} encodes {self.codec.type}, not video; choose another --codec.')
         known = {option.name for option in self.av.CodecContext.create(self.name, 'w').supported_options.private}
-        self.options: dict[str, str] = {}
+        self.options: dict[str, str] = dict(QUIET.get(self.name, {}))
+        os.environ.setdefault('SVT_LOG', '1')  # of libsvtav1: errors only
         for option, value in (('crf', crf), ('preset', preset)):
             if value is not None and option not in known:
                 raise UserError(f'{self.name} has no --{option}; leave it out.')
@@ -157,9 +160,9 @@ class Encoder:
         try:
             context.open()
         except self.av.error.FFmpegError as error:
-            given = ', '.join(f'{name} {value}' for name, value in self.options.items())
+            given = ', '.join(f'{name} {value}' for name, value in self.options.items()) or 'its defaults'
             raise UserError(
-                f'{self.name} does not encode {size[1]}×{size[0]} pixels of {layout.name} with {given or "its defaults"} '
+                f'{self.name} does not encode {size[1]}×{size[0]} pixels of {layout.name} with {given} '
                 f'({error.strerror}); choose another --codec, --preset or --outscale.'
             ) from None
         return context

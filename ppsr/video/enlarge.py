@@ -1,8 +1,8 @@
 """Enlarging a video: :func:`upscale_video` for Python, and what ``ppsr video`` is made of.
 
-Frames are decoded one after the other, enlarged by an :class:`~ppsr.pictures.upscaler.Upscaler` in float, and encoded in
-runs that need no frame of another run; each run is a file in a hidden folder beside the output. When all are there, they
-are put into the output together with the streams that are copied.
+Frames are decoded one after the other, enlarged by an :class:`~ppsr.pictures.upscaler.Upscaler` in float, and encoded
+in runs that need no frame of another run; each run is a file in a hidden folder beside the output. When all are there,
+they are put into the output together with the streams that are copied.
 """
 
 import io
@@ -10,7 +10,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -24,7 +24,7 @@ from ppsr.images import atomic_file
 from ppsr.pictures.upscaler import Upscaler
 from ppsr.tiling import RepeatedTiles, count_tiles
 from ppsr.version import __version__
-from ppsr.video.colour import Layout, rgb_to_planes
+from ppsr.video.colour import rgb_to_planes
 from ppsr.video.encoder import CONTAINERS, Encoder, choose_layout
 from ppsr.video.finish import Finish
 from ppsr.video.segments import Work, describe_file, describe_network
@@ -113,9 +113,9 @@ def upscale_video(
 ) -> VideoStats:
     """Enlarge a video file into a video file.
 
-    Times, sound, subtitles, attachments (Matroska), chapters, bit depth and colour are kept; a rotation is applied to the
-    pixels. The target appears when it is complete, and replaces an older one then. A run that was interrupted is gone on
-    with by the same call; what is done lies in a hidden folder beside the target until then.
+    Times, sound, subtitles, attachments (Matroska), chapters, bit depth and colour are kept; a rotation is applied to
+    the pixels. The target appears when it is complete, and replaces an older one then. After an interruption the same
+    call goes on; what is done lies in a hidden folder beside the target until then.
 
     Args:
         upscaler: does the work; what it remembers of the last frame is not computed again.
@@ -246,7 +246,12 @@ class _Job:
                 disable=None if progress is None else not progress,
                 file=sys.stderr,
             )
-            self.upscaler.say, finished = lambda text: bar.write(text, file=sys.stderr), False
+
+            def say_above(text: str) -> None:
+                with bar.external_write_mode(file=sys.stderr):
+                    say(text)
+
+            self.upscaler.say, finished = say_above, False
             try:
                 self._enlarge(work, stats, done, bar)
                 with atomic_file(self.target) as file:

@@ -2,6 +2,7 @@
 
 import contextlib
 import heapq
+import math
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import BinaryIO
@@ -99,12 +100,12 @@ class Finish:
 
     def _begin(self, file: BinaryIO):
         """The container with its header written, its video stream, and the copied streams by their number."""
-        container = self.av.open(file, 'w', format=self.container)
+        container = self.av.open(file, 'w', format=self.container, container_options=self._options())
         container.metadata.update(self.source.about)
         try:
             video = self.prepare(container)
         except ValueError:
-            raise UserError(f'{self.target}: {self.container} cannot hold that codec; choose another one.') from None
+            raise UserError(f'{self.target}: {self.container} holds no such video; choose another --codec.') from None
         own = self.source.stream
         video.metadata.update({key: own.metadata[key] for key in ('language', 'title') if key in own.metadata})
         video.disposition = own.disposition
@@ -126,13 +127,24 @@ class Finish:
                 raise
             streams = ', '.join(f'{stream.index} ({_name(stream)})' for stream in self.copied)
             hint = f'; leave out a stream with --leave-out NUMBER: {streams}' if streams else ''
-            raise UserError(f'{self.target}: {self.container} refuses these streams ({error.strerror}){hint}.') from None
+            raise UserError(
+                f'{self.target}: {self.container} refuses these streams ({error.strerror}){hint}.'
+            ) from None
         return container, video, copies
+
+    def _options(self) -> dict[str, str]:
+        """Of the muxer. MP4 says in a unit of the whole file when a stream begins, a millisecond unless told otherwise;
+        and it can only be told a whole number."""
+        if self.container not in ('mp4', 'mov'):
+            return {}
+        unit = self.source.time_base.denominator
+        every = math.lcm(unit, *(stream.time_base.denominator for stream in self.copied))
+        return {'movie_timescale': str(next((n for n in (every, unit) if 1000 <= n < 10_000_000), 1000))}
 
     def _refused(self, stream) -> UserError:
         return UserError(
             f'{self.target}: {self.container} cannot hold stream {stream.index} of {self.source.path} '
-            f'({_name(stream)}); leave it out with --leave-out {stream.index}, or write a .mkv.'
+            f'({_name(stream)}); leave it out with --leave-out {stream.index}, or write another kind of file.'
         )
 
     def _chapters(self) -> list[dict]:

@@ -1,4 +1,4 @@
-"""What of a video is done: runs of encoded frames in a hidden folder beside the output, from which a later run goes on."""
+"""What of a video is done: runs of encoded frames in a hidden folder beside the output; a later run goes on there."""
 
 import hashlib
 import json

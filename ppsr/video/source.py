@@ -1,6 +1,7 @@
 """Reading a video: its frames, upright and with their times, and the packets of the streams that are copied."""
 
 import contextlib
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -20,12 +21,12 @@ PROGRESSIVE = (0, 1)  # AVFieldOrder: not said, and not interlaced
 
 
 def clock(seconds: Fraction | float) -> str:
-    """A time as people write it.
+    """A time as people write it, to the millisecond before it: what is cut there begins with what is at that time.
 
     >>> clock(3725.5)
     '1:02:05.5'
     """
-    minutes, rest = divmod(float(seconds), 60)
+    minutes, rest = divmod(math.floor(seconds * 1000) / 1000, 60)
     hours, minutes = divmod(int(minutes), 60)
     return f'{hours}:{minutes:02}:{rest:06.3f}'.rstrip('0').rstrip('.')
 
@@ -136,8 +137,11 @@ class Source:
         inside of it."""
         try:
             return self.av.open(file, metadata_errors='replace')
-        except self.av.error.FFmpegError as error:
-            raise UserError(f'{self.path} is not a video, or it is damaged ({error.strerror}).') from None
+        except (self.av.error.FFmpegError, OSError, ValueError) as error:
+            if not os.fstat(file.fileno()).st_size:
+                raise UserError(f'{self.path} is empty.') from None
+            reason = getattr(error, 'strerror', None) or error
+            raise UserError(f'{self.path} is not a video, or it is damaged ({reason}).') from None
 
     def _choose(self) -> None:
         container = self._container
@@ -209,8 +213,14 @@ class Source:
             if start is not None and time < start:
                 continue
             if end is not None and time >= end:
-                break
+                return
             yield self._frame(decoded, pts, reformatter)
+        if last is not None and self.stream.duration is not None:
+            promised = (self.stream.start_time or 0) + self.stream.duration
+            if (promised - last) * self.time_base > 1 + 2 / self.rate:
+                self.damaged += 1
+                ends = clock(last * self.time_base - self.zero)
+                self.once(f'its last frame is at {ends}, and it says to be longer: it is cut off or damaged')
 
     def _decoded(self) -> Iterator:
         """Frames of PyAV; what is damaged is counted and passed over."""
