@@ -58,11 +58,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args) -> int:
     need('video', 'ppsr video', 'av')
-    from ppsr.video import upscale_video
+    from ppsr.video import check_video, upscale_video
 
     if exists(args.output) and not args.overwrite:
         print(f'{Path(args.output)} exists and is kept (--overwrite replaces it).')
         return 0
+    encoded = {name: getattr(args, name) for name in ('codec', 'crf', 'preset', 'start', 'end')}
+    check_video(args.input, args.output, **encoded)  # before the weights are loaded
     upscaler = make_upscaler(args, outscale=args.outscale, say=lambda text: print(text, file=sys.stderr))
     if upscaler.outscale != upscaler.scale:
         print(f'The network enlarges ×{upscaler.scale}; Lanczos makes ×{upscaler.outscale:g} of it.', file=sys.stderr)
@@ -70,12 +72,8 @@ def run(args) -> int:
         upscaler,
         args.input,
         args.output,
-        codec=args.codec,
-        crf=args.crf,
-        preset=args.preset,
+        **encoded,
         pix_fmt=args.pix_fmt,
-        start=args.start,
-        end=args.end,
         leave_out=args.leave_out,
         **({} if args.segment is None else {'segment': args.segment}),
     )

@@ -105,6 +105,7 @@ class Encoder:
 
     def __init__(self, container: str, codec: str | None = None, crf: float | None = None, preset: str | None = None):
         (self.av,) = need('video', 'ppsr video', 'av')
+        self.container = container
         self.name = DEFAULT_CODECS.get(container, 'libx264') if codec is None else codec
         try:
             self.codec = self.av.Codec(self.name, 'w')

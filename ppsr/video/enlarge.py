@@ -30,7 +30,7 @@ from ppsr.video.finish import Finish
 from ppsr.video.segments import Work, describe_file, describe_network
 from ppsr.video.source import Frame, Source, clock
 
-__all__ = ['SEGMENT', 'VideoStats', 'upscale_video']
+__all__ = ['SEGMENT', 'VideoStats', 'check_video', 'upscale_video']
 
 SEGMENT = 96  # frames of a run: a few minutes of work without a GPU, a few seconds of video
 HELD = 5  # arrays of the size of a result that are held at once: the result twice, as tiles, and on its way to planes
@@ -137,8 +137,35 @@ def upscale_video(
         UserError: anything that the caller can mend; the target is as it was before.
     """
     begun = time.perf_counter()
+    encoder, start, end = check_video(source, target, codec, crf, preset, start, end)
+    with Source(source, lambda text: upscaler.say(text)) as video:
+        job = _Job(upscaler, video, Path(target), encoder, pix_fmt, start, end, leave_out, segment)
+        stats = job.run(progress)
+    stats.seconds = time.perf_counter() - begun
+    return stats
+
+
+def check_video(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    codec: str | None = None,
+    crf: float | None = None,
+    preset: str | None = None,
+    start: float | Fraction | None = None,
+    end: float | Fraction | None = None,
+) -> tuple[Encoder, Fraction | None, Fraction | None]:
+    """What can be said about the arguments of :func:`upscale_video` before there is a network.
+
+    Returns:
+        The encoder, and `start` and `end` exactly.
+
+    Raises:
+        UserError: as there.
+    """
     need('video', 'ppsr video', 'av')
     source, target = Path(source), Path(target)
+    with Source(source, lambda text: None):
+        pass
     container = CONTAINERS.get(target.suffix.lower())
     if container is None:
         raise UserError(f'{target}: no kind of video that ppsr writes; use one of {", ".join(CONTAINERS)}.')
@@ -147,14 +174,9 @@ def upscale_video(
     start, end = (None if value is None else Fraction(value) for value in (start, end))
     if start is not None and end is not None and start >= end:
         raise UserError(f'--start {clock(start)} is not before --end {clock(end)}.')
-    encoder = Encoder(container, codec, crf, preset)
-    with Source(source, lambda text: upscaler.say(text)) as video:
-        if target.exists() and os.path.samefile(source, target):
-            raise UserError(f'{target} is the input itself; choose another name.')
-        job = _Job(upscaler, video, target, container, encoder, pix_fmt, start, end, leave_out, segment)
-        stats = job.run(progress)
-    stats.seconds = time.perf_counter() - begun
-    return stats
+    if target.exists() and os.path.samefile(source, target):
+        raise UserError(f'{target} is the input itself; choose another name.')
+    return Encoder(container, codec, crf, preset), start, end
 
 
 class _Job:
@@ -165,7 +187,6 @@ class _Job:
         upscaler: Upscaler,
         video: Source,
         target: Path,
-        container: str,
         encoder: Encoder,
         pix_fmt: str | None,
         start: Fraction | None,
@@ -188,7 +209,7 @@ class _Job:
         aspect = video.aspect
         self.aspect = 1 / aspect if aspect and first.turn.transposed else aspect
         self.encoder.open(*self._settings()).encode(None)  # or it is refused after the first run
-        self.finish = Finish(video, container, str(target), self._add_video, start, end, leave_out)
+        self.finish = Finish(video, encoder.container, str(target), self._add_video, start, end, leave_out)
         self.finish.rehearse(io.BytesIO())
 
         channels = 1 if first.layout.kind == 'gray' else 3
@@ -199,7 +220,7 @@ class _Job:
             'input': describe_file(video.path),
             'network': describe_network(upscaler.net),
             'enlarged': [upscaler.outscale, upscaler.tile, upscaler.tile_overlap, upscaler.dtype, upscaler.device.type],
-            'encoded': [container, encoder.name, encoder.options, self.layout.name, asdict(self.colour)],
+            'encoded': [encoder.container, encoder.name, encoder.options, self.layout.name, asdict(self.colour)],
             'part': [start, end, segment],
             'versions': [__version__, video.av.__version__, video.av.library_versions],
         }

@@ -26,7 +26,7 @@ def options(command: str) -> list[argparse.Action]:
 def words(action: argparse.Action, value: str | None = None) -> list[str]:
     """The option with as many values as it wants."""
     if value is None:
-        value = str(action.type.low) if isinstance(action.type, Number) else next(iter(action.choices or ['x']))
+        value = str(action.type.low) if isinstance(action.type, Number) else next(iter(action.choices or ['1']))
     return [action.option_strings[-1], *([value] * (action.nargs if isinstance(action.nargs, int) else 1))]
 
 
