@@ -5,7 +5,6 @@ in runs that need no frame of another run; each run is a file in a hidden folder
 they are put into the output together with the streams that are copied.
 """
 
-import io
 import itertools
 import os
 import sys
@@ -210,7 +209,7 @@ class _Job:
         self.aspect = 1 / aspect if aspect and first.turn.transposed else aspect
         self.encoder.open(*self._settings()).encode(None)  # or it is refused after the first run
         self.finish = Finish(video, encoder.container, str(target), self._add_video, start, end, leave_out)
-        self.finish.rehearse(io.BytesIO())
+        self.finish.rehearse()
 
         channels = 1 if first.layout.kind == 'gray' else 3
         shape = (*self.input_size, channels)

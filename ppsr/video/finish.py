@@ -1,7 +1,8 @@
 """The file itself: the encoded frames, and beside them sound and subtitles as they came."""
 
-import contextlib
 import heapq
+import io
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
@@ -65,15 +66,24 @@ class Finish:
             else:
                 source.once(f'stream {stream.index} ({_name(stream)}) is not copied')
 
-    def rehearse(self, file: BinaryIO) -> None:
-        """Begin the output, to see whether the format takes all streams.
+    def rehearse(self) -> None:
+        """See whether the format takes the streams: each beside the video, sound with a packet, and all together.
 
         Raises:
             UserError: it does not; says which, and how to leave it out.
         """
-        container, _, _ = self._begin(file)
-        with contextlib.suppress(self.av.error.FFmpegError):
-            container.close()
+        for streams in (*([stream] for stream in self.copied), self.copied):
+            try:
+                container, _, copies = self._begin(io.BytesIO(), streams)
+                sound = [stream for stream in streams if stream.type == 'audio'][:1]
+                with self.source.packets(sound) as found:
+                    for _, packet in itertools.islice(self._copies(found, copies), 1):
+                        container.mux_one(packet)
+                container.close()
+            except self.av.error.FFmpegError as error:
+                if len(streams) == 1:
+                    raise self._refused(streams[0]) from None
+                raise self._refused_all(error) from None
 
     def write(self, file: BinaryIO, runs: Callable[[], Iterable[Packets]]) -> None:
         """Write everything.
@@ -86,8 +96,8 @@ class Finish:
             UserError: the format refuses what is written.
             OSError: the file cannot be written.
         """
-        container, video, copies = self._begin(file)
         try:
+            container, video, copies = self._begin(file, self.copied)
             with self.source.packets(self.copied) as found:
                 video_packets = self._video(container, video, runs)
                 for _, packet in heapq.merge(video_packets, self._copies(found, copies), key=lambda item: item[0]):
@@ -96,10 +106,10 @@ class Finish:
         except self.av.error.FFmpegError as error:
             if isinstance(error, OSError):  # a full disk
                 raise
-            raise UserError(f'{self.target} cannot be written: {self.container} refuses it ({error}).') from None
+            raise self._refused_all(error) from None
 
-    def _begin(self, file: BinaryIO):
-        """The container with its header written, its video stream, and the copied streams by their number."""
+    def _begin(self, file: BinaryIO, streams: list):
+        """The container with its header written, its video stream, and the copies of some streams by their number."""
         container = self.av.open(file, 'w', format=self.container, container_options=self._options())
         container.metadata.update(self.source.about)
         try:
@@ -110,7 +120,7 @@ class Finish:
         video.metadata.update({key: own.metadata[key] for key in ('language', 'title') if key in own.metadata})
         video.disposition = own.disposition
         copies = {}
-        for stream in self.copied:
+        for stream in streams:
             try:
                 copy = container.add_stream_from_template(stream)
                 copy.metadata.update(stream.metadata)
@@ -120,16 +130,7 @@ class Finish:
             copies[stream.index] = copy
         if self.source.chapters:
             container.set_chapters(self._chapters())
-        try:
-            container.start_encoding()
-        except self.av.error.FFmpegError as error:
-            if isinstance(error, OSError):
-                raise
-            streams = ', '.join(f'{stream.index} ({_name(stream)})' for stream in self.copied)
-            hint = f'; leave out a stream with --leave-out NUMBER: {streams}' if streams else ''
-            raise UserError(
-                f'{self.target}: {self.container} refuses these streams ({error.strerror}){hint}.'
-            ) from None
+        container.start_encoding()
         return container, video, copies
 
     def _options(self) -> dict[str, str]:
@@ -146,6 +147,11 @@ class Finish:
             f'{self.target}: {self.container} cannot hold stream {stream.index} of {self.source.path} '
             f'({_name(stream)}); leave it out with --leave-out {stream.index}, or write another kind of file.'
         )
+
+    def _refused_all(self, error) -> UserError:
+        streams = ', '.join(f'{stream.index} ({_name(stream)})' for stream in self.copied)
+        hint = f'; leave something out with --leave-out, of {streams}' if streams else ', choose another --codec'
+        return UserError(f'{self.target} cannot be written: {self.container} refuses it ({error.strerror}){hint}.')
 
     def _chapters(self) -> list[dict]:
         """The chapters of what is kept."""

@@ -100,6 +100,16 @@ def test_subtitles_and_sound_of_matroska(tmp_path, upscaler, suffix):
     assert read(target)[0] == read(source)[0] and read(target)[2] == []
 
 
+def test_what_a_muxer_refuses_is_known_before_the_work(tmp_path, upscaler):
+    """QuickTime takes FLAC until its header is written, MP4 the unlabelled channels of an AVI until its last byte."""
+    for name, sound, target in (('a.mkv', 'flac', 'b.mov'), ('a.avi', 'pcm_s16le', 'b.mp4')):
+        source = clip(tmp_path / name, moving(2), codec='mpeg4', options={}, sound=sound)
+        with pytest.raises(UserError, match='cannot hold stream 1 of .*--leave-out 1'):
+            upscale_video(upscaler, source, tmp_path / target)
+        assert not hidden(tmp_path)
+        assert upscale_video(upscaler, source, tmp_path / target, leave_out=['audio']).frames == 2
+
+
 def test_webm_is_vp9_and_takes_opus_along(tmp_path, upscaler):
     source = clip(tmp_path / 'a.webm', moving(2, (16, 16)), codec='libvpx-vp9', options={}, sound='libopus')
     upscale_video(upscaler, source, tmp_path / 'b.webm')
