@@ -191,7 +191,7 @@ class Source:
         if length is None and end is None:
             return None
         stop = min(value for value in (length, end) if value is not None)
-        return max(1, round((stop - (start or 0)) * self.rate))
+        return max(1, math.ceil((stop - (start or 0)) * self.rate))
 
     def frames(self, start: Fraction | None = None, end: Fraction | None = None) -> Iterator[Frame]:
         """The frames that are shown from `start` on and before `end` (seconds from the beginning of the file).
