@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from ppsr.ops.eligibility import are_plain, kernels_take
+from ppsr.ops.eligibility import are_plain, kernels_take, kernels_teach
 from ppsr.ops.native import call, ready, require
+from ppsr.ops.training_layers import dictionary_training, refinement_training
 
 __all__ = ['Similarity', 'dictionary_attention', 'dictionary_refinement']
 
@@ -91,8 +92,12 @@ def dictionary_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
         matrix = None if matrix is None else matrix.view(*q.shape[:2], -1)
         similarity = Similarity(q, k.expand(q.shape[0], -1, -1), matrix)
         return out.view(*q.shape[:2], -1), category.view(q.shape[:2]), similarity
-    if q.shape[0] == k.shape[0] == v.shape[0] and kernels_take(q, k, v):
-        return *torch.ops.ppsr.dictionary_attention(q, k, v), Similarity(q, k, None)
+    if q.shape[0] == k.shape[0] == v.shape[0]:
+        if kernels_take(q, k, v):
+            return *torch.ops.ppsr.dictionary_attention(q, k, v), Similarity(q, k, None)
+        if kernels_teach(q, k, v):
+            out, category, matrix = dictionary_training(q, k, v)
+            return out, category, Similarity(q, k, matrix)
     matrix = _similarity(q, k)
     return matrix @ v, matrix.argmax(-1), Similarity(q, k, matrix)
 
@@ -103,9 +108,12 @@ def dictionary_refinement(similarity: Similarity, x: Tensor, norm: nn.InstanceNo
     The weights are the softmax over the tokens of the similarity, normalised per entry over the tokens.
     """
     q, k, matrix = similarity
+    fits = are_plain(nn.InstanceNorm1d, norm) and not norm.track_running_stats and norm.num_features == k.shape[1]
+    fits = fits and x.shape[:2] == q.shape[:2]
     if matrix is None:
-        fits = are_plain(nn.InstanceNorm1d, norm) and not norm.track_running_stats and norm.num_features == k.shape[1]
-        if fits and x.shape[:2] == q.shape[:2] and kernels_take(x, norm.weight, norm.bias):
+        if fits and kernels_take(x, norm.weight, norm.bias):
             return torch.ops.ppsr.dictionary_refinement(q, k, x, norm.weight, norm.bias, norm.eps)
         matrix = _similarity(q, k)
+    elif fits and x.shape[1] > 1 and kernels_teach(matrix, x, norm.weight, norm.bias):
+        return refinement_training(matrix, x, norm)
     return torch.softmax(norm(matrix.transpose(1, 2)), dim=-1) @ x

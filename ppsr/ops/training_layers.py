@@ -1,7 +1,7 @@
-"""Linear layers and the depthwise convolution in training: kernels with a backward of their own.
+"""What stands between the self-attentions in training: kernels with a backward of their own.
 
-``ppsr::linear_training`` and ``ppsr::depthwise_training`` do what :mod:`ppsr.ops.linear` and :mod:`ppsr.ops.depthwise`
-define, where :func:`ppsr.ops.eligibility.kernels_teach` lets them. Their backward is one pass each: the normalised
+``ppsr::linear_training``, ``depthwise_training``, ``dictionary_training`` and ``refinement_training`` do what
+:mod:`ppsr.ops.linear`, :mod:`ppsr.ops.depthwise` and :mod:`ppsr.ops.dictionary` define, where :func:`ppsr.ops.eligibility.kernels_teach` lets them. Their backward is one pass each: the normalised
 tokens and what a GELU was given are computed again and not kept, except for the slope of the convolution's GELU, a map.
 """
 
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ppsr.ops.native import call, ready, require
 
-__all__ = ['depthwise_training', 'linear_training']
+__all__ = ['depthwise_training', 'dictionary_training', 'linear_training', 'refinement_training']
 
 
 def _operator(schema: str) -> Callable[[Callable], Callable]:
@@ -201,3 +201,155 @@ def depthwise_training(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """u + GELU(conv(u)) with a backward: u (B, H, W, C) float32 on the CPU, weight (C, 1, k, k), bias (C), k odd, zeros
     around the map -> (B, H, W, C)"""
     return torch.ops.ppsr.depthwise_training(u, weight, bias)[0]
+
+
+# ------------------------------------------------------------------ tokens and dictionary
+
+STATISTICS, LANES = 6, 16  # rows that the refinement keeps for its backward, filled up to a multiple of LANES
+
+
+@_operator('dictionary_training(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor)')
+def _dictionary(q, k, v):
+    batch, n, rank = q.shape
+    entries, channels = v.shape[1:]
+    require(k.shape == (batch, entries, rank) and v.shape[0] == batch, 'q (B, N, r), k (B, M, r), v (B, M, C)')
+    tensors, (out, category, matrix) = ready(q, k, v), _dictionary_outputs(q, v)
+    call('ppsr_dictionary_training', *tensors, out, category, matrix, batch, n, rank, entries, channels)
+    return out, category, matrix
+
+
+@torch.library.register_fake('ppsr::dictionary_training')
+def _(q, k, v):
+    return _dictionary_outputs(q, v)
+
+
+def _dictionary_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = q.shape[:2]
+    category = q.new_empty(tokens, dtype=torch.int64)
+    return q.new_empty(*tokens, v.shape[2]), category, q.new_empty(*tokens, v.shape[1])
+
+
+@_operator(
+    'dictionary_training_backward(Tensor grad, Tensor? grad_matrix, Tensor q, Tensor k, Tensor v, Tensor matrix) -> '
+    '(Tensor, Tensor, Tensor)'
+)
+def _dictionary_backward(grad, grad_matrix, q, k, v, matrix):
+    batch, n, rank = q.shape
+    entries, channels = v.shape[1:]
+    require(k.shape == (batch, entries, rank) and v.shape[0] == batch, 'q (B, N, r), k (B, M, r), v (B, M, C)')
+    fits = grad.shape == (batch, n, channels) and matrix.shape == (batch, n, entries)
+    require(fits and (grad_matrix is None or grad_matrix.shape == matrix.shape), 'gradients like the outputs')
+    tensors = [None if t is None else ready(t)[0] for t in (grad, grad_matrix, q, k, v, matrix)]
+    grads = _like(q, k, v)
+    call('ppsr_dictionary_backward', *tensors, *grads, batch, n, rank, entries, channels)
+    return tuple(grads)
+
+
+@torch.library.register_fake('ppsr::dictionary_training_backward')
+def _(grad, grad_matrix, q, k, v, matrix):
+    return tuple(_like(q, k, v))
+
+
+def _dictionary_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[2])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # a matrix that nobody refines by
+
+
+def _dictionary_autograd(ctx, grad, _, grad_matrix):
+    q, k, v, matrix = ctx.saved_tensors
+    grad = torch.zeros_like(_dictionary_outputs(q, v)[0]) if grad is None else grad
+    return torch.ops.ppsr.dictionary_training_backward(grad, grad_matrix, q, k, v, matrix)
+
+
+torch.library.register_autograd('ppsr::dictionary_training', _dictionary_autograd, setup_context=_dictionary_context)
+
+
+@_operator('refinement_training(Tensor matrix, Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)')
+def _refinement(matrix, x, weight, bias, eps):
+    batch, n, entries = matrix.shape
+    require(x.shape[:2] == (batch, n) and x.dim() == 3, 'a matrix (B, N, M) and x (B, N, C)')
+    require(weight.numel() == bias.numel() == entries, 'a normalisation of M entries')
+    tensors, (out, statistics) = ready(matrix, x, weight), _refinement_outputs(matrix, x)
+    call('ppsr_refinement_training', *tensors, out, statistics, eps, batch, n, entries, x.shape[2])
+    return out, statistics
+
+
+@torch.library.register_fake('ppsr::refinement_training')
+def _(matrix, x, weight, bias, eps):
+    return _refinement_outputs(matrix, x)
+
+
+def _refinement_outputs(matrix: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    batch, _, entries = matrix.shape
+    wide = (entries + LANES - 1) // LANES * LANES
+    return x.new_empty(batch, entries, x.shape[2]), x.new_empty(batch, STATISTICS, wide)
+
+
+@_operator(
+    'refinement_training_backward(Tensor grad, Tensor matrix, Tensor x, Tensor weight, Tensor out, Tensor statistics) '
+    '-> (Tensor, Tensor, Tensor)'
+)
+def _refinement_backward(grad, matrix, x, weight, out, statistics):
+    batch, n, entries = matrix.shape
+    require(x.shape[:2] == (batch, n) and x.dim() == 3 and weight.numel() == entries, 'a matrix (B, N, M), x (B, N, C)')
+    shapes = [t.shape for t in _refinement_outputs(matrix, x)]
+    require(grad.shape == out.shape == shapes[0] and statistics.shape == shapes[1], 'gradients like the output')
+    grads = _like(matrix, x, weight)
+    tensors = ready(grad, matrix, x, weight, out, statistics)
+    call('ppsr_refinement_backward', *tensors, *grads, batch, n, entries, x.shape[2])
+    return tuple(grads)
+
+
+@torch.library.register_fake('ppsr::refinement_training_backward')
+def _(grad, matrix, x, weight, out, statistics):
+    return tuple(_like(matrix, x, weight))
+
+
+def _refinement_context(ctx, inputs, output):
+    matrix, x, weight, _, _ = inputs
+    ctx.save_for_backward(matrix, x, weight, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _refinement_autograd(ctx, grad, _):
+    weight = ctx.saved_tensors[2]
+    of_matrix, of_x, of_weight = torch.ops.ppsr.refinement_training_backward(grad, *ctx.saved_tensors)
+    return of_matrix, of_x, of_weight, torch.zeros_like(weight), None  # a softmax does not see the bias
+
+
+torch.library.register_autograd('ppsr::refinement_training', _refinement_autograd, setup_context=_refinement_context)
+
+
+@register_flop_formula(torch.ops.ppsr.dictionary_training)
+def _(q_shape, k_shape, v_shape, *args, **kwargs) -> int:
+    batch, n, rank = q_shape
+    return 2 * batch * n * k_shape[1] * (rank + v_shape[2])
+
+
+@register_flop_formula(torch.ops.ppsr.dictionary_training_backward)
+def _(grad_shape, grad_matrix_shape, q_shape, k_shape, v_shape, *args, **kwargs) -> int:
+    batch, n, rank = q_shape
+    return 4 * batch * n * k_shape[1] * (rank + v_shape[2])
+
+
+@register_flop_formula(torch.ops.ppsr.refinement_training)
+def _(matrix_shape, x_shape, *args, **kwargs) -> int:
+    return 2 * torch.Size(x_shape).numel() * matrix_shape[2]
+
+
+@register_flop_formula(torch.ops.ppsr.refinement_training_backward)
+def _(grad_shape, matrix_shape, x_shape, *args, **kwargs) -> int:
+    return 4 * torch.Size(x_shape).numel() * matrix_shape[2]
+
+
+def dictionary_training(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of tokens to a dictionary with a backward: q (B, N, r), k (B, M, r), v (B, M, C), float32 on the CPU ->
+    output (B, N, C), category (B, N) int64, similarity (B, N, M)"""
+    return torch.ops.ppsr.dictionary_training(q, k, v)
+
+
+def refinement_training(matrix: Tensor, x: Tensor, norm: nn.InstanceNorm1d) -> Tensor:
+    """Softmax over the tokens of the normalised similarity (B, N, M), times x (B, N, C), with a backward; float32 on the
+    CPU, norm over M entries without statistics of its own -> (B, M, C)"""
+    return torch.ops.ppsr.refinement_training(matrix, x, norm.weight, norm.bias, norm.eps)[0]

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ppsr.archs import PPATDLight, PPATDLightV2
 from ppsr.ops import use_backend
 from ppsr.ops.depthwise import depthwise_mix
+from ppsr.ops.dictionary import dictionary_attention, dictionary_refinement
 from ppsr.ops.linear import linear_add, norm_linear, norm_linear_beside
 from ppsr.ops.training_layers import depthwise_training
 
@@ -27,7 +28,9 @@ def gradients(function, inputs, modules, dtype, backend):
         out = function(*inputs, *modules)
     weights = [random(*o.shape, seed=9 + i).to(dtype) for i, o in enumerate(out)]
     named = {f'input {i}': x for i, x in enumerate(inputs)}
-    named |= {f'{i}.{name}': p for i, module in enumerate(modules) for name, p in module.named_parameters()}
+    named |= {
+        f'{i}.{name}': p for i, module in enumerate(modules) for name, p in module.named_parameters() if p.requires_grad
+    }
     grads = torch.autograd.grad(out, named.values(), weights)
     return {f'output {i}': o.detach() for i, o in enumerate(out)} | dict(zip(named, grads)), out
 
@@ -86,6 +89,51 @@ def test_linear_add(target, n, channels, width, added):
 def test_depthwise(target, size, channels, kernel):
     conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
     compare(lambda u, conv: [depthwise_mix(u, conv)], [random(*size, channels)], conv, operator='depthwise_training')
+
+
+@pytest.mark.parametrize(
+    'n, rank, entries, channels',
+    [((2, 61), 8, 64, 48), ((1, 1500), 4, 7, 16), ((3, 20), 13, 33, 7), ((1, 2), 1, 2, 1)],
+    ids=str,
+)
+@pytest.mark.parametrize('refined', [False, True], ids=['alone', 'refined'])
+def test_dictionary(target, n, rank, entries, channels, refined):
+    batch, _ = n
+
+    def run(q, k, v, x, norm):
+        out, category, similarity = dictionary_attention(q, k, v)
+        found.append(category)
+        return [out, *([dictionary_refinement(similarity, x, norm)] if refined else [x.sum(1) * norm.weight.sum()])]
+
+    found = []
+    inputs = [random(*n, rank), random(batch, entries, rank, seed=1), random(batch, entries, channels, seed=2)]
+    norm = nn.InstanceNorm1d(entries, affine=True)
+    norm.bias.requires_grad = False
+    compare(run, [*inputs, random(*n, channels, seed=3)], norm, operator='dictionary_training')
+    assert (found[0] == found[1]).float().mean() > 0.99  # but for ties
+    if refined:
+        assert (
+            'refinement_training'
+            in run(*(t.float().requires_grad_() for t in inputs), random(*n, channels).float(), norm.float())[
+                1
+            ].grad_fn.name()
+        )
+
+
+def test_the_bias_of_the_refinement_moves_nothing():
+    q, k, x = torch.randn(1, 40, 4), torch.randn(1, 8, 4), torch.randn(1, 40, 16)
+    norm = nn.InstanceNorm1d(8, affine=True)
+    dictionary_refinement(dictionary_attention(q, k, x[:, :8])[2], x, norm).square().sum().backward()
+    assert norm.bias.grad.abs().max() == 0 < norm.weight.grad.abs().max()
+
+
+def test_a_query_of_length_zero():
+    q, k, v = torch.zeros(1, 3, 4, requires_grad=True), torch.randn(1, 7, 4), torch.randn(1, 7, 16)
+    grads = []
+    for backend in ('native', 'torch'):
+        with use_backend(backend):
+            grads += torch.autograd.grad(dictionary_attention(q, k, v)[0].sum(), q)
+    torch.testing.assert_close(*grads)
 
 
 def test_rows_of_a_table_beside():
@@ -170,7 +218,15 @@ def test_operators_are_registered_properly():
     norm, add, slope = (torch.randn(16), torch.randn(16)), torch.randn(2, 3, 5, 20), torch.randn(2, 3, 5, 16)
     conv = torch.randn(16, 1, 3, 3), torch.randn(16)
     learned = [t.clone().requires_grad_() for t in (x, *norm, w, b)]
+    q, k, v = (torch.randn(2, 30, 4), torch.randn(2, 7, 4), torch.randn(2, 7, 16))
+    matrix, tokens, ones = torch.rand(2, 30, 7), torch.randn(2, 30, 16), torch.ones(7)
+    refined = ops.refinement_training(matrix, tokens, ones, ones, 1e-5)
     for op, arguments in [
+        (ops.dictionary_training, tuple(t.clone().requires_grad_() for t in (q, k, v))),
+        (ops.dictionary_training_backward, (tokens, None, q, k, v, matrix)),
+        (ops.dictionary_training_backward, (tokens, matrix, q, k, v, matrix)),
+        (ops.refinement_training, (*(t.clone().requires_grad_() for t in (matrix, tokens, ones)), ones, 1e-5)),
+        (ops.refinement_training_backward, (v, matrix, tokens, ones, *refined)),
         (ops.linear_training, (*learned[:3], 1e-5, *learned[3:], w, b, None, None, True)),
         (ops.linear_training, (x, None, None, 0.0, w, b, None, None, add, add, False)),
         (ops.linear_training_backward, (add, None, x, *norm, 1e-5, w, b, None, None, True)),
@@ -183,6 +239,8 @@ def test_operators_are_registered_properly():
 def test_operators_refuse_what_does_not_fit():
     x, w, b, ops = torch.randn(2, 3, 5, 16), torch.randn(20, 16), torch.randn(20), torch.ops.ppsr
     grad, kernel = torch.randn(2, 3, 5, 20), torch.randn(16, 1, 3, 3)
+    q, k, v = (torch.randn(2, 30, 4), torch.randn(2, 7, 4), torch.randn(2, 7, 16))
+    matrix, tokens, ones = torch.rand(2, 30, 7), torch.randn(2, 30, 16), torch.ones(7)
     for op, arguments in [
         (ops.linear_training, (x.double(), None, None, 0.0, w, b, None, None, None, None, False)),
         (ops.linear_training_backward, (grad[..., :8], None, x, None, None, 0.0, w, b, None, None, False)),
@@ -191,6 +249,12 @@ def test_operators_refuse_what_does_not_fit():
         (ops.depthwise_training, (x, kernel[:8], torch.randn(16))),
         (ops.depthwise_training_backward, (x, x, x[:1], kernel)),
         (ops.depthwise_training_backward, (x, x, x, torch.randn(16, 1, 3, 5))),
+        (ops.dictionary_training, (q, k[:1], v)),
+        (ops.dictionary_training_backward, (tokens, None, q, k, v, matrix[:, :9])),
+        (ops.dictionary_training_backward, (v, None, q, k, v, matrix)),
+        (ops.refinement_training, (matrix, tokens[:, :9], ones, ones, 1e-5)),
+        (ops.refinement_training, (matrix, tokens, ones[:3], ones, 1e-5)),
+        (ops.refinement_training_backward, (v, matrix, tokens, ones, v, v)),
     ]:
         with pytest.raises(ValueError, match='the operator takes'):
             op(*arguments)

@@ -36,6 +36,10 @@ _SIGNATURES = {
     'ppsr_linear_backward': [*16 * [c_void_p], c_float, *6 * [c_int64]],
     'ppsr_depthwise_training': 5 * [c_void_p] + 6 * [c_int64],
     'ppsr_depthwise_backward': 7 * [c_void_p] + 6 * [c_int64],
+    'ppsr_dictionary_training': 6 * [c_void_p] + 6 * [c_int64],
+    'ppsr_dictionary_backward': 9 * [c_void_p] + 6 * [c_int64],
+    'ppsr_refinement_training': [*5 * [c_void_p], c_float, *5 * [c_int64]],
+    'ppsr_refinement_backward': 9 * [c_void_p] + 5 * [c_int64],
     'ppsr_dictionary_attention': 5 * [c_void_p] + 6 * [c_int64],
     'ppsr_dictionary_refinement': [*6 * [c_void_p], c_float, *6 * [c_int64]],
 }

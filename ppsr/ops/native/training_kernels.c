@@ -294,4 +294,213 @@ static void depthwise_backward(const struct depthwise_gradient *d, int64_t begin
         backward_strip(d, d->kernel, begin, end, (vf *)scratch, sums);
 }
 
-const struct training_kernels FOR_TARGET(ppsr_training_kernels_) = {linear, depthwise_forward, depthwise_backward};
+/* --- tokens and dictionary ---------------------------------------------------------------------------------------- */
+
+/* Rows of `n` floats -> rows of `wide` floats, zeros behind them; and back. */
+INLINE void widen(int64_t rows, int64_t n, int64_t wide, const float *from, float *to) {
+    for (int64_t t = 0; t < rows; t++, from += n, to += wide) {
+        memcpy(to, from, n * sizeof(float));
+        for (int64_t i = n; i < wide; i++) to[i] = 0;
+    }
+}
+
+INLINE void narrow(int64_t rows, int64_t n, int64_t wide, const float *from, float *to) {
+    for (int64_t t = 0; t < rows; t++, from += wide, to += n) memcpy(to, from, n * sizeof(float));
+}
+
+/* C = A B with B (depth, wide), C (rows, wide), A (rows, a_wide): added to C, or to zeros. */
+INLINE void rows_times(int64_t rows, int64_t depth, const float *a, int64_t a_wide, const float *b, int64_t wide,
+                       int adds, float *c) {
+    static const float zeros[LANES] __attribute__((aligned(64)));
+    for (int64_t i = 0; i < wide; i += LANES)
+        tiles(rows, depth, b + i, wide, a, a_wide, 1, adds ? NULL : zeros, c + i, wide);
+}
+
+/* C += A' B with A (depth, a_wide), of which `rows` columns count, B (depth, wide), C (rows, wide). */
+INLINE void add_outer(int64_t rows, int64_t depth, const float *a, int64_t a_wide, const float *b, int64_t wide,
+                      float *c) {
+    for (int64_t i = 0; i < wide; i += LANES) tiles(rows, depth, b + i, wide, a, 1, a_wide, NULL, c + i, wide);
+}
+
+static const float SHORTEST = 1e-12f; /* of torch.nn.functional.normalize */
+
+/* Queries of length 1, and what they were multiplied by; negative where they are too short for that. */
+INLINE void take_queries(const struct dictionary_gradient *d, int64_t first, int64_t n, float *q, float *factor) {
+    widen(n, d->rank, d->wide_rank, d->q + first * d->rank, q);
+    for (int64_t t = 0; t < n; t++, q += d->wide_rank) {
+        vf squares = splat(0);
+        for (int64_t i = 0; i < d->wide_rank; i += VL) squares += load(q + i) * load(q + i);
+        const float length = sqrtf(across(squares));
+        const float f = 1 / (length < SHORTEST ? SHORTEST : length);
+        for (int64_t i = 0; i < d->wide_rank; i += VL) store(q + i, load(q + i) * f);
+        factor[t] = length < SHORTEST ? -f : f;
+    }
+}
+
+INLINE float largest(vf x) {
+    float most = x[0];
+    for (int v = 1; v < VL; v++) most = x[v] > most ? x[v] : most;
+    return most;
+}
+
+static void attend(const struct dictionary_gradient *d, int64_t begin, int64_t end, float *scratch) {
+    const int64_t wide = d->wide_entries, entries = d->entries;
+    float *q = scratch, *p = q + CHUNK * d->wide_rank, *out = p + CHUNK * wide;
+    float *factor = out + CHUNK * d->wide_channels;
+    for (int64_t first = begin; first < end; first += CHUNK) {
+        const int64_t n = end - first < CHUNK ? end - first : CHUNK;
+        take_queries(d, first, n, q, factor);
+        rows_times(n, d->rank, q, d->wide_rank, d->k_by_rank, wide, 0, p);
+        for (int64_t t = 0; t < n; t++) {
+            float *row = p + t * wide;
+            for (int64_t m = entries; m < wide; m++) row[m] = -INFINITY;
+            vf peaks = load(row), total = splat(0);
+            for (int64_t m = VL; m < wide; m += VL) peaks = vmax(peaks, load(row + m));
+            const float peak = largest(peaks);
+            int64_t best = 0;
+            while (best < entries - 1 && row[best] < peak) best++;
+            d->category[first + t] = best;
+            for (int64_t m = 0; m < wide; m += VL) {
+                const vf x = exp2v(load(row + m) - peak);
+                store(row + m, x);
+                total += x;
+            }
+            const float share = 1 / across(total);
+            for (int64_t m = 0; m < wide; m += VL) store(row + m, load(row + m) * share);
+        }
+        narrow(n, entries, wide, p, d->matrix + first * entries);
+        rows_times(n, entries, p, wide, d->v, d->wide_channels, 0, out);
+        narrow(n, d->channels, d->wide_channels, out, d->out + first * d->channels);
+    }
+}
+
+static void attend_backward(const struct dictionary_gradient *d, int64_t begin, int64_t end, float *scratch,
+                            float *sums) {
+    const int64_t wide = d->wide_entries, entries = d->entries, wide_rank = d->wide_rank;
+    float *q = scratch, *dq = q + CHUNK * wide_rank, *p = dq + CHUNK * wide_rank, *dp = p + CHUNK * wide;
+    float *grad = dp + CHUNK * wide, *factor = grad + CHUNK * d->wide_channels;
+    float *to_k = sums + entries * d->wide_channels;
+    for (int64_t first = begin; first < end; first += CHUNK) {
+        const int64_t n = end - first < CHUNK ? end - first : CHUNK;
+        take_queries(d, first, n, q, factor);
+        widen(n, entries, wide, d->matrix + first * entries, p);
+        widen(n, d->channels, d->wide_channels, d->grad + first * d->channels, grad);
+        if (d->grad_matrix) widen(n, entries, wide, d->grad_matrix + first * entries, dp);
+        rows_times(n, d->channels, grad, d->wide_channels, d->v_by_channel, wide, d->grad_matrix != NULL, dp);
+        add_outer(entries, n, p, wide, grad, d->wide_channels, sums);
+        for (int64_t t = 0; t < n; t++) { /* before the softmax */
+            const float *row = p + t * wide;
+            float *drow = dp + t * wide;
+            vf along = splat(0);
+            for (int64_t m = 0; m < wide; m += VL) along += load(row + m) * load(drow + m);
+            const float sum = across(along);
+            for (int64_t m = 0; m < wide; m += VL) store(drow + m, load(row + m) * (load(drow + m) - sum));
+        }
+        add_outer(entries, n, dp, wide, q, wide_rank, to_k);
+        rows_times(n, entries, dp, wide, d->k, wide_rank, 0, dq);
+        for (int64_t t = 0; t < n; t++) { /* before the normalisation: what changes the length is lost */
+            const float *row = q + t * wide_rank;
+            float *drow = dq + t * wide_rank, f = factor[t];
+            vf along = splat(0);
+            for (int64_t i = 0; i < wide_rank; i += VL) along += load(row + i) * load(drow + i);
+            const float lost = f < 0 ? 0 : across(along);
+            f = f < 0 ? -f : f;
+            for (int64_t i = 0; i < wide_rank; i += VL) store(drow + i, (load(drow + i) - load(row + i) * lost) * f);
+        }
+        narrow(n, d->rank, wide_rank, dq, d->grad_q + first * d->rank);
+    }
+}
+
+static void moments(const struct dictionary_gradient *d, int64_t begin, int64_t end, struct dictionary_sums *sums) {
+    const int64_t entries = d->entries;
+    for (int64_t m = 0; m < entries; m += VL) {
+        const int64_t count = entries - m;
+        const vf pivot = load(d->pivot + m);
+        for (int64_t first = begin; first < end; first += CHUNK) {
+            const int64_t last = end - first < CHUNK ? end : first + CHUNK;
+            vf sum = splat(0), squares = splat(0), least = splat(INFINITY), most = splat(-INFINITY);
+            for (int64_t t = first; t < last; t++) {
+                const vf x = load_some(d->matrix + t * entries + m, count) - pivot;
+                sum += x, squares += x * x, least = vmin(least, x), most = vmax(most, x);
+            }
+            for (int64_t v = 0; v < VL && v < count; v++) {
+                struct dictionary_sums *s = sums + m + v;
+                s->sum += sum[v], s->squares += squares[v];
+                s->least = least[v] < s->least ? least[v] : s->least;
+                s->most = most[v] > s->most ? most[v] : s->most;
+            }
+        }
+    }
+}
+
+/* What tokens weigh in each entry, up to the share. */
+INLINE void weigh(const struct dictionary_gradient *d, int64_t first, int64_t n, float *p) {
+    const int64_t wide = d->wide_entries;
+    widen(n, d->entries, wide, d->matrix + first * d->entries, p);
+    for (int64_t m = 0; m < wide; m += VL) {
+        const vf pivot = load(d->pivot + m), slope = load(d->slope + m), peak = load(d->peak + m);
+        for (int64_t t = 0; t < n; t++)
+            store(p + t * wide + m, exp2v((load(p + t * wide + m) - pivot) * slope - peak));
+    }
+}
+
+static void refine(const struct dictionary_gradient *d, int64_t begin, int64_t end, float *scratch, float *sums) {
+    const int64_t wide = d->wide_entries;
+    float *p = scratch, *x = p + CHUNK * wide, *weights = sums + d->entries * d->wide_channels;
+    for (int64_t first = begin; first < end; first += CHUNK) {
+        const int64_t n = end - first < CHUNK ? end - first : CHUNK;
+        weigh(d, first, n, p);
+        for (int64_t m = 0; m < wide; m += VL) {
+            vf sum = load(weights + m);
+            for (int64_t t = 0; t < n; t++) sum += load(p + t * wide + m);
+            store(weights + m, sum);
+        }
+        widen(n, d->channels, d->wide_channels, d->x + first * d->channels, x);
+        add_outer(d->entries, n, p, wide, x, d->wide_channels, sums);
+    }
+}
+
+static void refine_backward(const struct dictionary_gradient *d, int64_t begin, int64_t end, float *scratch,
+                            float *sums) {
+    const int64_t wide = d->wide_entries, entries = d->entries;
+    float *p = scratch, *dp = p + CHUNK * wide, *x = dp + CHUNK * wide, *dx = x + CHUNK * d->wide_channels;
+    for (int64_t first = begin; first < end; first += CHUNK) {
+        const int64_t n = end - first < CHUNK ? end - first : CHUNK;
+        weigh(d, first, n, p);
+        widen(n, d->channels, d->wide_channels, d->x + first * d->channels, x);
+        rows_times(n, d->channels, x, d->wide_channels, d->grad_by_channel, wide, 0, dp);
+        for (int64_t m = 0; m < wide; m += VL) {
+            const vf share = load(d->share + m), along = load(d->along + m);
+            const vf factor = load(d->factor + m), middle = load(d->pivot + m) + load(d->mean + m);
+            vf sum = load(sums + m);
+            for (int64_t t = 0; t < n; t++) {
+                const vf weight = load(p + t * wide + m) * share;
+                const vf grad = weight * (load(dp + t * wide + m) - along);
+                const vf normal = load_some(d->matrix + (first + t) * entries + m, entries - m) - middle;
+                sum += grad * (normal * factor);
+                store(p + t * wide + m, weight);
+                store(dp + t * wide + m, grad);
+            }
+            store(sums + m, sum);
+        }
+        rows_times(n, entries, p, wide, d->grad, d->wide_channels, 0, dx);
+        narrow(n, d->channels, d->wide_channels, dx, d->grad_x + first * d->channels);
+        narrow(n, entries, wide, dp, d->grad_p + first * entries);
+    }
+}
+
+static void normalise_backward(const struct dictionary_gradient *d, int64_t begin, int64_t end) {
+    const int64_t entries = d->entries;
+    for (int64_t t = begin; t < end; t++)
+        for (int64_t m = 0; m < entries; m += VL) {
+            const int64_t at = t * entries + m, n = entries - m;
+            const vf middle = load(d->pivot + m) + load(d->mean + m);
+            const vf normal = (load_some(d->matrix + at, n) - middle) * load(d->factor + m);
+            const vf grad = load_some(d->grad_p + at, n);
+            store_some(d->grad_p + at, (grad - normal * load(d->slant + m)) * load(d->scale + m), n);
+        }
+}
+
+const struct training_kernels FOR_TARGET(ppsr_training_kernels_) = {
+    linear, depthwise_forward, depthwise_backward, attend, attend_backward, moments, refine, refine_backward,
+    normalise_backward};
