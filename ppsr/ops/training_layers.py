@@ -1,8 +1,9 @@
 """What stands between the self-attentions in training: kernels with a backward of their own.
 
 ``ppsr::linear_training``, ``depthwise_training``, ``dictionary_training`` and ``refinement_training`` do what
-:mod:`ppsr.ops.linear`, :mod:`ppsr.ops.depthwise` and :mod:`ppsr.ops.dictionary` define, where :func:`ppsr.ops.eligibility.kernels_teach` lets them. Their backward is one pass each: the normalised
-tokens and what a GELU was given are computed again and not kept, except for the slope of the convolution's GELU, a map.
+:mod:`ppsr.ops.linear`, :mod:`ppsr.ops.depthwise` and :mod:`ppsr.ops.dictionary` define, where
+:func:`ppsr.ops.eligibility.kernels_teach` lets them. Their backward is one pass each over the tokens (two for the
+refinement): normalised tokens and what a GELU was given are computed again and not kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +17,18 @@ from ppsr.ops.native import call, ready, require
 __all__ = ['depthwise_training', 'dictionary_training', 'linear_training', 'refinement_training']
 
 
+_library = torch.library.Library('ppsr', 'FRAGMENT')  # a call costs less than one of torch.library.custom_op
+
+
 def _operator(schema: str) -> Callable[[Callable], Callable]:
-    """Decorator: registers ppsr::<schema> on the CPU. By a schema, since torch 2.4 does not understand annotations."""
-    name, arguments = schema.split('(', 1)
-    return torch.library.custom_op(f'ppsr::{name}', mutates_args=(), device_types='cpu', schema='(' + arguments)
+    """Decorator: registers ppsr::<schema> on the CPU."""
+
+    def register(function: Callable) -> Callable:
+        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(schema.split('(')[0], function, 'CPU')
+        return function
+
+    return register
 
 
 def _like(*tensors: Tensor) -> list[Tensor]:
@@ -350,6 +359,8 @@ def dictionary_training(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
 
 
 def refinement_training(matrix: Tensor, x: Tensor, norm: nn.InstanceNorm1d) -> Tensor:
-    """Softmax over the tokens of the normalised similarity (B, N, M), times x (B, N, C), with a backward; float32 on the
-    CPU, norm over M entries without statistics of its own -> (B, M, C)"""
+    """Softmax over the tokens of the normalised similarity (B, N, M), times x (B, N, C), with a backward -> (B, M, C)
+
+    float32 on the CPU; norm over the M entries, without statistics of its own.
+    """
     return torch.ops.ppsr.refinement_training(matrix, x, norm.weight, norm.bias, norm.eps)[0]

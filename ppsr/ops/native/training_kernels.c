@@ -21,58 +21,106 @@ INLINE vf gelu_slope(vf x, vf *value) {
 
 /* --- linear layers ------------------------------------------------------------------------------------------------ */
 
-/* sum(i) += sum_k A(k) * b(i, k), like accumulate() but with rows A(k) at any distance that keeps them aligned. */
-INLINE void tile(int rows, int64_t depth, const float *a, int64_t a_step, const float *b, int64_t row_step,
-                 int64_t depth_step, vf sum[BLOCK][NV]) {
+/* Rows and columns of a product that stay in registers: `panels` of 16 columns. */
+INLINE void tile(int rows, int panels, int64_t depth, const float *a, int64_t a_step, const float *b, int64_t row_step,
+                 int64_t depth_step, const float *start, float *c, int64_t c_step) {
+    const int vectors = panels * NV;
+    vf sum[BLOCK][3 * NV];
+    EACH(i, rows)
+        EACH(v, vectors) sum[i][v] = load((start ? start : c + i * c_step) + v * VL);
     for (int64_t k = 0; k < depth; k++) {
-        vf x[NV];
-        EACH(v, NV) x[v] = load(a + k * a_step + v * VL);
+        vf x[3 * NV];
+        EACH(v, vectors) x[v] = load(a + k * a_step + v * VL);
         EACH(i, rows) {
             const float y = b[i * row_step + k * depth_step];
-            EACH(v, NV) sum[i][v] += x[v] * y;
+            EACH(v, vectors) sum[i][v] += x[v] * y;
         }
     }
+    EACH(i, rows)
+        EACH(v, vectors) store(c + i * c_step + v * VL, sum[i][v]);
 }
 
-/* C(i) = start(i), or C(i) itself, + sum_k A(k) * b(i, k) for 16 columns and any number of rows, which are `c_step`
- * apart; start is the same for all of them. */
-INLINE void tile_block(int rows, int64_t depth, const float *a, int64_t a_step, const float *b, int64_t row_step,
-                       int64_t depth_step, const float *start, float *c, int64_t c_step) {
-    vf sum[BLOCK][NV];
-    EACH(i, rows)
-        EACH(v, NV) sum[i][v] = load((start ? start : c + i * c_step) + v * VL);
-    tile(rows, depth, a, a_step, b, row_step, depth_step, sum);
-    EACH(i, rows)
-        EACH(v, NV) store(c + i * c_step + v * VL, sum[i][v]);
-}
-
-INLINE void tiles(int64_t rows, int64_t depth, const float *a, int64_t a_step, const float *b, int64_t row_step,
-                  int64_t depth_step, const float *start, float *c, int64_t c_step) {
+INLINE void tiles(int block, int panels, int64_t rows, int64_t depth, const float *a, int64_t a_step, const float *b,
+                  int64_t row_step, int64_t depth_step, const float *start, float *c, int64_t c_step) {
     int64_t i = 0;
-    for (; i + BLOCK <= rows; i += BLOCK)
-        tile_block(BLOCK, depth, a, a_step, b + i * row_step, row_step, depth_step, start, c + i * c_step, c_step);
+    for (; i + block <= rows; i += block)
+        tile(block, panels, depth, a, a_step, b + i * row_step, row_step, depth_step, start, c + i * c_step, c_step);
 #pragma GCC unroll 4
     for (int step = 8; step; step /= 2) /* the rest in powers of two, to keep several accumulators going */
-        if (step < BLOCK)
+        if (step < block)
             for (; rows - i >= step; i += step)
-                tile_block(step, depth, a, a_step, b + i * row_step, row_step, depth_step, start, c + i * c_step, c_step);
+                tile(step, panels, depth, a, a_step, b + i * row_step, row_step, depth_step, start, c + i * c_step, c_step);
 }
 
-/* Sum over the vectors of a row. */
+/* C(i) = start, or C(i) itself for NULL, + sum_k A(k) * b(i, k): rows A(k) and C(i) of `wide` floats, aligned, a multiple
+ * of 16 and as far apart; b at any distances. */
+INLINE void product_rows(int64_t rows, int64_t depth, const float *a, int64_t wide, const float *b, int64_t row_step,
+                         int64_t depth_step, const float *start, float *c) {
+    int64_t i = 0;
+#if VL == 16 /* with 32 registers what is loaded once is used in more products */
+    for (int64_t left = wide / LANES; left > 1; left = (wide - i) / LANES) {
+        const float *from = start ? start + i : NULL;
+        if (left == 3 || left > 4) {
+            tiles(8, 3, rows, depth, a + i, wide, b, row_step, depth_step, from, c + i, wide);
+            i += 3 * LANES;
+        } else {
+            tiles(BLOCK, 2, rows, depth, a + i, wide, b, row_step, depth_step, from, c + i, wide);
+            i += 2 * LANES;
+        }
+    }
+#endif
+    for (; i < wide; i += LANES)
+        tiles(BLOCK, 1, rows, depth, a + i, wide, b, row_step, depth_step, start ? start + i : NULL, c + i, wide);
+}
+
+/* Sum over the elements of a vector, and the largest. */
 INLINE float across(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
     float sum = 0;
     for (int v = 0; v < VL; v++) sum += x[v];
     return sum;
+#endif
 }
 
-/* `n` rows of x, normalised where there is a norm -> rows of `wide` floats, and what they were multiplied by. */
-INLINE void take_rows(const struct linear_gradient *l, int64_t n, const float *x, float *rows, float *factor) {
+INLINE float largest(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float most = x[0];
+    for (int v = 1; v < VL; v++) most = x[v] > most ? x[v] : most;
+    return most;
+#endif
+}
+
+INLINE void set_zero(float *x, int64_t floats) { memset(x, 0, floats * sizeof(float)); }
+
+/* Rows of `n` floats -> rows of `wide` floats, zeros behind them; and back. */
+INLINE void widen(int64_t rows, int64_t n, int64_t wide, const float *from, float *to) {
+    for (int64_t t = 0; t < rows; t++, from += n, to += wide) {
+        memcpy(to, from, n * sizeof(float));
+        for (int64_t i = n; i < wide; i++) to[i] = 0;
+    }
+}
+
+INLINE void narrow(int64_t rows, int64_t n, int64_t wide, const float *from, float *to) {
+    for (int64_t t = 0; t < rows; t++, from += wide, to += n) memcpy(to, from, n * sizeof(float));
+}
+
+/* widen(), or the rows where they are if they can be used as they are. */
+INLINE const float *as_rows(int64_t rows, int64_t n, int64_t wide, const float *from, float *to) {
+    if (n == wide && (uintptr_t)from % (LANES * sizeof(float)) == 0) return from;
+    widen(rows, n, wide, from, to);
+    return to;
+}
+
+/* `n` rows of x, normalised -> rows of `wide` floats, and what they were multiplied by. */
+INLINE void normalise_rows(const struct linear_gradient *l, int64_t n, const float *x, float *rows, float *factor) {
     const int64_t in = l->in, wide = l->wide_in;
     const float share = 1 / (float)in;
     for (int64_t t = 0; t < n; t++, x += in, rows += wide) {
-        memcpy(rows, x, in * sizeof(float));
-        for (int64_t i = in; i < wide; i++) rows[i] = 0;
-        if (l->eps < 0) continue;
+        widen(1, in, wide, x, rows);
         vf total = splat(0), squares = splat(0);
         for (int64_t i = 0; i < wide; i += VL) total += load(rows + i);
         const float mean = across(total) * share;
@@ -85,11 +133,11 @@ INLINE void take_rows(const struct linear_gradient *l, int64_t n, const float *x
 }
 
 /* Gradients of the outputs of a chunk, side by side and before the GELU. */
-INLINE void take_gradients(const struct linear_gradient *l, int64_t first, int64_t n, const float *x, float *dz) {
+INLINE const float *take_gradients(const struct linear_gradient *l, int64_t first, int64_t n, const float *x, float *dz) {
     const int64_t wide = l->wide_out;
+    if (l->parts == 1 && !l->by_in) return as_rows(n, l->outs, wide, l->grad[0] + first * l->outs, dz);
     if (l->by_in) {
-        for (int64_t o = 0; o < wide; o += LANES)
-            tiles(n, l->in, l->by_in + o, wide, x, l->wide_in, 1, l->bias + o, dz + o, wide);
+        product_rows(n, l->in, l->by_in, wide, x, l->wide_in, 1, l->bias, dz);
         for (int64_t i = 0; i < n * wide; i += VL) store(dz + i, gelu_slope(load(dz + i), NULL));
     }
     for (int64_t t = 0; t < n; t++) {
@@ -103,38 +151,39 @@ INLINE void take_gradients(const struct linear_gradient *l, int64_t first, int64
         }
         for (; row < dz + (t + 1) * wide; row++) *row = 0;
     }
+    return dz;
 }
 
 static void linear(const struct linear_gradient *l, int64_t begin, int64_t end, float *scratch, float *sums) {
     const int64_t in = l->in, wide_in = l->wide_in, wide_out = l->wide_out;
-    float *x = scratch, *dx = x + CHUNK * wide_in, *dz = dx + CHUNK * wide_in, *factor = dz + CHUNK * wide_out;
-    float *bias = sums + l->outs * wide_in;
-    const float zeros[LANES] __attribute__((aligned(64))) = {0};
+    float *rows = scratch, *dx = rows + CHUNK * wide_in, *outputs = dx + CHUNK * wide_in;
+    float *factor = outputs + CHUNK * wide_out, *bias = sums + l->outs * wide_in;
     for (int64_t first = begin; first < end; first += CHUNK) {
         const int64_t n = end - first < CHUNK ? end - first : CHUNK;
-        take_rows(l, n, l->x + first * in, x, factor);
-        take_gradients(l, first, n, x, dz);
+        const float *x = rows;
+        if (l->eps >= 0)
+            normalise_rows(l, n, l->x + first * in, rows, factor);
+        else
+            x = as_rows(n, in, wide_in, l->x + first * in, rows);
+        const float *dz = take_gradients(l, first, n, x, outputs);
         for (int64_t o = 0; o < wide_out; o += VL) {
             vf sum = load(bias + o);
             for (int64_t t = 0; t < n; t++) sum += load(dz + t * wide_out + o);
             store(bias + o, sum);
         }
-        for (int64_t i = 0; i < wide_in; i += LANES) {
-            tiles(l->outs, n, x + i, wide_in, dz, 1, wide_out, NULL, sums + i, wide_in);
-            tiles(n, l->outs, l->weight + i, wide_in, dz, wide_out, 1, zeros, dx + i, wide_in);
-        }
-        for (int64_t t = 0; t < n; t++) {
-            float *d = dx + t * wide_in;
-            const float *y = x + t * wide_in;
-            if (l->eps >= 0) { /* what changes the mean or the length of a row is lost in the norm */
+        product_rows(l->outs, n, x, wide_in, dz, 1, wide_out, NULL, sums);
+        set_zero(dx, n * wide_in);
+        product_rows(n, l->outs, l->weight, wide_in, dz, wide_out, 1, NULL, dx);
+        if (l->eps >= 0) /* what changes the mean or the length of a row is lost in the norm */
+            for (int64_t t = 0; t < n; t++) {
+                float *d = dx + t * wide_in;
                 vf total = splat(0), along = splat(0);
-                for (int64_t i = 0; i < wide_in; i += VL) total += load(d + i), along += load(d + i) * load(y + i);
+                for (int64_t i = 0; i < wide_in; i += VL) total += load(d + i), along += load(d + i) * load(x + t * wide_in + i);
                 const float mean = across(total) / (float)in, slope = across(along) / (float)in;
                 for (int64_t i = 0; i < wide_in; i += VL)
-                    store(d + i, (load(d + i) - mean - load(y + i) * slope) * factor[t]);
+                    store(d + i, (load(d + i) - mean - load(x + t * wide_in + i) * slope) * factor[t]);
             }
-            memcpy(l->grad_x + (first + t) * in, d, in * sizeof(float));
-        }
+        narrow(n, in, wide_in, dx, l->grad_x + first * in);
     }
 }
 
@@ -296,30 +345,17 @@ static void depthwise_backward(const struct depthwise_gradient *d, int64_t begin
 
 /* --- tokens and dictionary ---------------------------------------------------------------------------------------- */
 
-/* Rows of `n` floats -> rows of `wide` floats, zeros behind them; and back. */
-INLINE void widen(int64_t rows, int64_t n, int64_t wide, const float *from, float *to) {
-    for (int64_t t = 0; t < rows; t++, from += n, to += wide) {
-        memcpy(to, from, n * sizeof(float));
-        for (int64_t i = n; i < wide; i++) to[i] = 0;
-    }
-}
-
-INLINE void narrow(int64_t rows, int64_t n, int64_t wide, const float *from, float *to) {
-    for (int64_t t = 0; t < rows; t++, from += wide, to += n) memcpy(to, from, n * sizeof(float));
-}
-
-/* C = A B with B (depth, wide), C (rows, wide), A (rows, a_wide): added to C, or to zeros. */
+/* C = A B, or C += A B, with B (depth, wide), C (rows, wide), A (rows, a_wide). */
 INLINE void rows_times(int64_t rows, int64_t depth, const float *a, int64_t a_wide, const float *b, int64_t wide,
                        int adds, float *c) {
-    static const float zeros[LANES] __attribute__((aligned(64)));
-    for (int64_t i = 0; i < wide; i += LANES)
-        tiles(rows, depth, b + i, wide, a, a_wide, 1, adds ? NULL : zeros, c + i, wide);
+    if (!adds) set_zero(c, rows * wide);
+    product_rows(rows, depth, b, wide, a, a_wide, 1, NULL, c);
 }
 
 /* C += A' B with A (depth, a_wide), of which `rows` columns count, B (depth, wide), C (rows, wide). */
 INLINE void add_outer(int64_t rows, int64_t depth, const float *a, int64_t a_wide, const float *b, int64_t wide,
                       float *c) {
-    for (int64_t i = 0; i < wide; i += LANES) tiles(rows, depth, b + i, wide, a, 1, a_wide, NULL, c + i, wide);
+    product_rows(rows, depth, b, wide, a, 1, a_wide, NULL, c);
 }
 
 static const float SHORTEST = 1e-12f; /* of torch.nn.functional.normalize */
@@ -337,10 +373,18 @@ INLINE void take_queries(const struct dictionary_gradient *d, int64_t first, int
     }
 }
 
-INLINE float largest(vf x) {
-    float most = x[0];
-    for (int v = 1; v < VL; v++) most = x[v] > most ? x[v] : most;
-    return most;
+static const float COUNT[LANES] __attribute__((aligned(64))) = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+/* The first element of a row that is `peak`. */
+INLINE int64_t place_of(const float *row, int64_t wide, float peak) {
+    vf first = splat(-INFINITY); /* less the place */
+    for (int64_t m = 0; m < wide; m += VL) {
+        const vi hit = load(row + m) == peak;
+        const vf place = -(load(COUNT + m % LANES) + (float)(m / LANES * LANES));
+        first = vmax(first, (vf)(((vi)place & hit) | ((vi)splat(-INFINITY) & ~hit)));
+    }
+    const float place = -largest(first);
+    return place < (float)wide ? (int64_t)place : 0; /* none: NaN */
 }
 
 static void attend(const struct dictionary_gradient *d, int64_t begin, int64_t end, float *scratch) {
@@ -357,9 +401,7 @@ static void attend(const struct dictionary_gradient *d, int64_t begin, int64_t e
             vf peaks = load(row), total = splat(0);
             for (int64_t m = VL; m < wide; m += VL) peaks = vmax(peaks, load(row + m));
             const float peak = largest(peaks);
-            int64_t best = 0;
-            while (best < entries - 1 && row[best] < peak) best++;
-            d->category[first + t] = best;
+            d->category[first + t] = place_of(row, wide, peak);
             for (int64_t m = 0; m < wide; m += VL) {
                 const vf x = exp2v(load(row + m) - peak);
                 store(row + m, x);
@@ -377,14 +419,14 @@ static void attend(const struct dictionary_gradient *d, int64_t begin, int64_t e
 static void attend_backward(const struct dictionary_gradient *d, int64_t begin, int64_t end, float *scratch,
                             float *sums) {
     const int64_t wide = d->wide_entries, entries = d->entries, wide_rank = d->wide_rank;
-    float *q = scratch, *dq = q + CHUNK * wide_rank, *p = dq + CHUNK * wide_rank, *dp = p + CHUNK * wide;
-    float *grad = dp + CHUNK * wide, *factor = grad + CHUNK * d->wide_channels;
+    float *q = scratch, *dq = q + CHUNK * wide_rank, *rows = dq + CHUNK * wide_rank, *dp = rows + CHUNK * wide;
+    float *grads = dp + CHUNK * wide, *factor = grads + CHUNK * d->wide_channels;
     float *to_k = sums + entries * d->wide_channels;
     for (int64_t first = begin; first < end; first += CHUNK) {
         const int64_t n = end - first < CHUNK ? end - first : CHUNK;
         take_queries(d, first, n, q, factor);
-        widen(n, entries, wide, d->matrix + first * entries, p);
-        widen(n, d->channels, d->wide_channels, d->grad + first * d->channels, grad);
+        const float *p = as_rows(n, entries, wide, d->matrix + first * entries, rows);
+        const float *grad = as_rows(n, d->channels, d->wide_channels, d->grad + first * d->channels, grads);
         if (d->grad_matrix) widen(n, entries, wide, d->grad_matrix + first * entries, dp);
         rows_times(n, d->channels, grad, d->wide_channels, d->v_by_channel, wide, d->grad_matrix != NULL, dp);
         add_outer(entries, n, p, wide, grad, d->wide_channels, sums);
@@ -446,7 +488,7 @@ INLINE void weigh(const struct dictionary_gradient *d, int64_t first, int64_t n,
 
 static void refine(const struct dictionary_gradient *d, int64_t begin, int64_t end, float *scratch, float *sums) {
     const int64_t wide = d->wide_entries;
-    float *p = scratch, *x = p + CHUNK * wide, *weights = sums + d->entries * d->wide_channels;
+    float *p = scratch, *rows = p + CHUNK * wide, *weights = sums + d->entries * d->wide_channels;
     for (int64_t first = begin; first < end; first += CHUNK) {
         const int64_t n = end - first < CHUNK ? end - first : CHUNK;
         weigh(d, first, n, p);
@@ -455,7 +497,7 @@ static void refine(const struct dictionary_gradient *d, int64_t begin, int64_t e
             for (int64_t t = 0; t < n; t++) sum += load(p + t * wide + m);
             store(weights + m, sum);
         }
-        widen(n, d->channels, d->wide_channels, d->x + first * d->channels, x);
+        const float *x = as_rows(n, d->channels, d->wide_channels, d->x + first * d->channels, rows);
         add_outer(d->entries, n, p, wide, x, d->wide_channels, sums);
     }
 }
@@ -463,11 +505,11 @@ static void refine(const struct dictionary_gradient *d, int64_t begin, int64_t e
 static void refine_backward(const struct dictionary_gradient *d, int64_t begin, int64_t end, float *scratch,
                             float *sums) {
     const int64_t wide = d->wide_entries, entries = d->entries;
-    float *p = scratch, *dp = p + CHUNK * wide, *x = dp + CHUNK * wide, *dx = x + CHUNK * d->wide_channels;
+    float *p = scratch, *dp = p + CHUNK * wide, *rows = dp + CHUNK * wide, *dx = rows + CHUNK * d->wide_channels;
     for (int64_t first = begin; first < end; first += CHUNK) {
         const int64_t n = end - first < CHUNK ? end - first : CHUNK;
         weigh(d, first, n, p);
-        widen(n, d->channels, d->wide_channels, d->x + first * d->channels, x);
+        const float *x = as_rows(n, d->channels, d->wide_channels, d->x + first * d->channels, rows);
         rows_times(n, d->channels, x, d->wide_channels, d->grad_by_channel, wide, 0, dp);
         for (int64_t m = 0; m < wide; m += VL) {
             const vf share = load(d->share + m), along = load(d->along + m);
