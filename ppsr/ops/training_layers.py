@@ -322,9 +322,8 @@ def _refinement_context(ctx, inputs, output):
 
 
 def _refinement_autograd(ctx, grad, _):
-    weight = ctx.saved_tensors[2]
     of_matrix, of_x, of_weight = torch.ops.ppsr.refinement_training_backward(grad, *ctx.saved_tensors)
-    return of_matrix, of_x, of_weight, torch.zeros_like(weight), None  # a softmax does not see the bias
+    return of_matrix, of_x, of_weight, torch.zeros_like(of_weight), None  # a softmax does not see the bias
 
 
 torch.library.register_autograd('ppsr::refinement_training', _refinement_autograd, setup_context=_refinement_context)
