@@ -11,8 +11,7 @@ name          what it is                                              runs on
 ``triton``     Triton kernels                                         CUDA, float32/float16/bfloat16
 ============  ======================================================  ===================
 
-``native`` also takes over what stands between the attentions (:mod:`ppsr.ops.eligibility`); where gradients are wanted,
-all of it but the attention to the dictionary.
+``native`` also takes over what stands between the attentions (:mod:`ppsr.ops.eligibility`), with gradients and without.
 
 Unless told otherwise the fastest one that can run the given tensors is taken. ``PPSR_BACKEND=name`` (environment) or
 ``with use_backend(name)`` (code) asks for one by name; where that one cannot run the given tensors, an error says why.

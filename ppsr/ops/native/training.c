@@ -11,7 +11,7 @@
 #include "runtime.h"
 
 enum {
-    RUN = 10 * CHUNK, /* tokens of a task, at least */
+    RUN = 4 * STRETCH, /* tokens of a task, at least */
     MOST_TASKS = 64,  /* of linear layers: each has a copy of the gradients of the weights */
     STRIP = 16,       /* rows of a task of the convolution: their neighbours above and below are read with them */
 };
@@ -52,7 +52,7 @@ int ppsr_linear_backward(const float *grad, const float *grad2, const float *x, 
                          float *grad_weight, float *grad_bias, float *grad_weight2, float *grad_bias2, float eps,
                          int64_t tokens, int64_t in, int64_t width, int64_t width2, int64_t has_gelu, int64_t threads) {
     const int64_t outs = width + width2, wide_in = padded(in, LANES), wide_out = padded(outs, LANES);
-    const int64_t run = larger(RUN, padded((tokens + MOST_TASKS - 1) / MOST_TASKS, CHUNK));
+    const int64_t run = larger(RUN, padded((tokens + MOST_TASKS - 1) / MOST_TASKS, STRETCH));
     const int64_t tasks = (tokens + run - 1) / run, count = outs * wide_in + wide_out;
     float *packed = ppsr_take((outs * wide_in + (in + 1) * wide_out) * sizeof(float));
     float *sums = ppsr_take(tasks * count * sizeof(float));
@@ -223,7 +223,7 @@ static void dictionary_task(void *context, int64_t task, int more, void *scratch
 /* Room for `count` sums of each task, and `room` floats for each image; 0, or -1 for too little memory. */
 static int prepare(struct dictionary_loop *loop, struct dictionary_gradient first, int64_t batch, int64_t count,
                    int64_t room) {
-    const int64_t run = larger(RUN, padded((first.tokens + MOST_TASKS - 1) / MOST_TASKS, CHUNK));
+    const int64_t run = larger(RUN, padded((first.tokens + MOST_TASKS - 1) / MOST_TASKS, STRETCH));
     const int64_t tasks = (first.tokens + run - 1) / run;
     first.wide_rank = padded(first.rank, LANES);
     first.wide_entries = padded(first.entries, LANES);

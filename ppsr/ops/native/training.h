@@ -85,11 +85,14 @@ struct training_kernels {
 
 const struct training_kernels *ppsr_training_kernels(void);
 
+/* Tokens that are worked on together: many enough that the sums of the weights' gradients, which are read and written
+ * for each stretch, cost little; few enough for the L2 cache. */
+#define STRETCH 144
 #define COLUMNS 7 /* neighbours in a row that the convolution works on together: 7 sums and 7 weights fit 16 registers */
 
 /* Room for the tokens as they are multiplied, their gradients, those of the outputs, and a factor each. */
 static inline int64_t linear_gradient_floats(const struct linear_gradient *l) {
-    return CHUNK * (2 * l->wide_in + l->wide_out + 1);
+    return STRETCH * (2 * l->wide_in + l->wide_out + 1);
 }
 
 /* Room for two maps of so many rows, with what is around them, of 16 channels (VL, at most). */
@@ -97,9 +100,9 @@ static inline int64_t depthwise_gradient_floats(const struct depthwise_gradient 
     return 2 * (rows + d->kernel - 1) * (padded(d->width, COLUMNS) + d->kernel - 1) * LANES;
 }
 
-/* Room for two chunks of rows of each kind, and a factor for each token. */
+/* Room for two stretches of rows of each kind, and a factor for each token. */
 static inline int64_t dictionary_gradient_floats(const struct dictionary_gradient *d) {
-    return CHUNK * (2 * (d->wide_rank + d->wide_entries + d->wide_channels) + 1);
+    return STRETCH * (2 * (d->wide_rank + d->wide_entries + d->wide_channels) + 1);
 }
 
 #endif

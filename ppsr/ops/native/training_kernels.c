@@ -132,7 +132,7 @@ INLINE void normalise_rows(const struct linear_gradient *l, int64_t n, const flo
     }
 }
 
-/* Gradients of the outputs of a chunk, side by side and before the GELU. */
+/* Gradients of the outputs of a stretch, side by side and before the GELU. */
 INLINE const float *take_gradients(const struct linear_gradient *l, int64_t first, int64_t n, const float *x, float *dz) {
     const int64_t wide = l->wide_out;
     if (l->parts == 1 && !l->by_in) return as_rows(n, l->outs, wide, l->grad[0] + first * l->outs, dz);
@@ -156,10 +156,10 @@ INLINE const float *take_gradients(const struct linear_gradient *l, int64_t firs
 
 static void linear(const struct linear_gradient *l, int64_t begin, int64_t end, float *scratch, float *sums) {
     const int64_t in = l->in, wide_in = l->wide_in, wide_out = l->wide_out;
-    float *rows = scratch, *dx = rows + CHUNK * wide_in, *outputs = dx + CHUNK * wide_in;
-    float *factor = outputs + CHUNK * wide_out, *bias = sums + l->outs * wide_in;
-    for (int64_t first = begin; first < end; first += CHUNK) {
-        const int64_t n = end - first < CHUNK ? end - first : CHUNK;
+    float *rows = scratch, *dx = rows + STRETCH * wide_in, *outputs = dx + STRETCH * wide_in;
+    float *factor = outputs + STRETCH * wide_out, *bias = sums + l->outs * wide_in;
+    for (int64_t first = begin; first < end; first += STRETCH) {
+        const int64_t n = end - first < STRETCH ? end - first : STRETCH;
         const float *x = rows;
         if (l->eps >= 0)
             normalise_rows(l, n, l->x + first * in, rows, factor);
@@ -389,10 +389,10 @@ INLINE int64_t place_of(const float *row, int64_t wide, float peak) {
 
 static void attend(const struct dictionary_gradient *d, int64_t begin, int64_t end, float *scratch) {
     const int64_t wide = d->wide_entries, entries = d->entries;
-    float *q = scratch, *p = q + CHUNK * d->wide_rank, *out = p + CHUNK * wide;
-    float *factor = out + CHUNK * d->wide_channels;
-    for (int64_t first = begin; first < end; first += CHUNK) {
-        const int64_t n = end - first < CHUNK ? end - first : CHUNK;
+    float *q = scratch, *p = q + STRETCH * d->wide_rank, *out = p + STRETCH * wide;
+    float *factor = out + STRETCH * d->wide_channels;
+    for (int64_t first = begin; first < end; first += STRETCH) {
+        const int64_t n = end - first < STRETCH ? end - first : STRETCH;
         take_queries(d, first, n, q, factor);
         rows_times(n, d->rank, q, d->wide_rank, d->k_by_rank, wide, 0, p);
         for (int64_t t = 0; t < n; t++) {
@@ -419,11 +419,11 @@ static void attend(const struct dictionary_gradient *d, int64_t begin, int64_t e
 static void attend_backward(const struct dictionary_gradient *d, int64_t begin, int64_t end, float *scratch,
                             float *sums) {
     const int64_t wide = d->wide_entries, entries = d->entries, wide_rank = d->wide_rank;
-    float *q = scratch, *dq = q + CHUNK * wide_rank, *rows = dq + CHUNK * wide_rank, *dp = rows + CHUNK * wide;
-    float *grads = dp + CHUNK * wide, *factor = grads + CHUNK * d->wide_channels;
+    float *q = scratch, *dq = q + STRETCH * wide_rank, *rows = dq + STRETCH * wide_rank, *dp = rows + STRETCH * wide;
+    float *grads = dp + STRETCH * wide, *factor = grads + STRETCH * d->wide_channels;
     float *to_k = sums + entries * d->wide_channels;
-    for (int64_t first = begin; first < end; first += CHUNK) {
-        const int64_t n = end - first < CHUNK ? end - first : CHUNK;
+    for (int64_t first = begin; first < end; first += STRETCH) {
+        const int64_t n = end - first < STRETCH ? end - first : STRETCH;
         take_queries(d, first, n, q, factor);
         const float *p = as_rows(n, entries, wide, d->matrix + first * entries, rows);
         const float *grad = as_rows(n, d->channels, d->wide_channels, d->grad + first * d->channels, grads);
@@ -458,8 +458,8 @@ static void moments(const struct dictionary_gradient *d, int64_t begin, int64_t 
     for (int64_t m = 0; m < entries; m += VL) {
         const int64_t count = entries - m;
         const vf pivot = load(d->pivot + m);
-        for (int64_t first = begin; first < end; first += CHUNK) {
-            const int64_t last = end - first < CHUNK ? end : first + CHUNK;
+        for (int64_t first = begin; first < end; first += STRETCH) {
+            const int64_t last = end - first < STRETCH ? end : first + STRETCH;
             vf sum = splat(0), squares = splat(0), least = splat(INFINITY), most = splat(-INFINITY);
             for (int64_t t = first; t < last; t++) {
                 const vf x = load_some(d->matrix + t * entries + m, count) - pivot;
@@ -488,9 +488,9 @@ INLINE void weigh(const struct dictionary_gradient *d, int64_t first, int64_t n,
 
 static void refine(const struct dictionary_gradient *d, int64_t begin, int64_t end, float *scratch, float *sums) {
     const int64_t wide = d->wide_entries;
-    float *p = scratch, *rows = p + CHUNK * wide, *weights = sums + d->entries * d->wide_channels;
-    for (int64_t first = begin; first < end; first += CHUNK) {
-        const int64_t n = end - first < CHUNK ? end - first : CHUNK;
+    float *p = scratch, *rows = p + STRETCH * wide, *weights = sums + d->entries * d->wide_channels;
+    for (int64_t first = begin; first < end; first += STRETCH) {
+        const int64_t n = end - first < STRETCH ? end - first : STRETCH;
         weigh(d, first, n, p);
         for (int64_t m = 0; m < wide; m += VL) {
             vf sum = load(weights + m);
@@ -505,9 +505,9 @@ static void refine(const struct dictionary_gradient *d, int64_t begin, int64_t e
 static void refine_backward(const struct dictionary_gradient *d, int64_t begin, int64_t end, float *scratch,
                             float *sums) {
     const int64_t wide = d->wide_entries, entries = d->entries;
-    float *p = scratch, *dp = p + CHUNK * wide, *rows = dp + CHUNK * wide, *dx = rows + CHUNK * d->wide_channels;
-    for (int64_t first = begin; first < end; first += CHUNK) {
-        const int64_t n = end - first < CHUNK ? end - first : CHUNK;
+    float *p = scratch, *dp = p + STRETCH * wide, *rows = dp + STRETCH * wide, *dx = rows + STRETCH * d->wide_channels;
+    for (int64_t first = begin; first < end; first += STRETCH) {
+        const int64_t n = end - first < STRETCH ? end - first : STRETCH;
         weigh(d, first, n, p);
         const float *x = as_rows(n, d->channels, d->wide_channels, d->x + first * d->channels, rows);
         rows_times(n, d->channels, x, d->wide_channels, d->grad_by_channel, wide, 0, dp);
