@@ -104,7 +104,8 @@ def clip(
                 frame = frame.reformat(format=pix_fmt)
             frame.pts, frame.time_base = number if times is None else times[number], unit
             for name, value in (tags or {}).items():
-                setattr(frame, name, value)
+                if name != 'sample_aspect_ratio':  # the stream's alone
+                    setattr(frame, name, value)
             packets += stream.encode(frame)
         packets += stream.encode(None)
         if tone is not None:

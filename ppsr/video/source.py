@@ -133,10 +133,14 @@ class Source:
             raise
 
     def _open(self, file):
-        """The container. The file is handed over open: names are not looked at, and nothing else can be opened from
-        inside of it."""
+        """The container. A playlist in the guise of a video must not open other files or addresses."""
+
+        def refuse(url: str, flags: int, options: dict):
+            raise UserError(f'{self.path} is a list of other files ({url[:100]}), not a video; give a video file.')
+
         try:
-            return self.av.open(file, metadata_errors='replace')
+            options = {'protocol_whitelist': 'none'}  # for what opens others without asking
+            return self.av.open(file, container_options=options, metadata_errors='replace', io_open=refuse)
         except (self.av.error.FFmpegError, OSError, ValueError) as error:
             if not os.fstat(file.fileno()).st_size:
                 raise UserError(f'{self.path} is empty.') from None

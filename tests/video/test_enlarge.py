@@ -370,6 +370,31 @@ def test_bad_input_is_a_sentence(tmp_path, upscaler):
     assert left == set()
 
 
+@pytest.mark.parametrize(
+    'text',
+    [
+        '#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n',
+        "ffconcat version 1.0\nfile '{}'\n",
+    ],
+    ids=['hls', 'concat'],
+)
+def test_a_list_of_files_opens_none_of_them(tmp_path, upscaler, text):
+    clip(tmp_path / 'secret.ts', moving(2), container='mpegts')
+    source = _write(tmp_path / 'a.m3u8', text.format('secret.ts').encode())
+    with av.open(str(source)) as file:
+        assert file.streams.video  # FFmpeg by itself does
+    with pytest.raises(UserError, match='a list of other files|not a video'):
+        upscale_video(upscaler, source, tmp_path / 'b.mp4')
+
+
+def test_the_shape_of_pixels_turns_with_them(tmp_path, upscaler):
+    source = clip(tmp_path / 'a.mp4', moving(1), rotation=90, tags={'sample_aspect_ratio': Fraction(4, 3)})
+    upscale_video(upscaler, source, tmp_path / 'b.mp4')
+    with av.open(str(tmp_path / 'b.mp4')) as file:
+        video = file.streams.video[0]
+        assert (video.width, video.height, video.sample_aspect_ratio) == (64, 96, Fraction(3, 4))
+
+
 def test_a_link_to_the_input_is_the_input(tmp_path, upscaler):
     source = clip(tmp_path / 'a.mp4', moving(1))
     os.symlink(source, tmp_path / 'b.mp4')
