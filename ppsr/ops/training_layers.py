@@ -31,6 +31,21 @@ def _operator(schema: str) -> Callable[[Callable], Callable]:
     return register
 
 
+def _learns(name: str, setup_context: Callable, backward: Callable) -> None:
+    """Registers a backward, as torch.library.register_autograd does; that one goes through the schema at each call,
+    which takes longer than a small layer."""
+    operator = getattr(torch.ops.ppsr, name).default
+
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = operator(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    methods = {'forward': staticmethod(forward), 'backward': staticmethod(backward)}
+    _library.impl(name, type(name, (torch.autograd.Function,), methods).apply, 'Autograd')
+
+
 def _like(*tensors: Tensor) -> list[Tensor]:
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
 
@@ -106,7 +121,7 @@ def _linear_autograd(ctx, grad, grad2):
     return of_x, *of_norm, None, *of_layers, *(grad if added else None for added in ctx.additions), None
 
 
-torch.library.register_autograd('ppsr::linear_training', _linear_autograd, setup_context=_linear_context)
+_learns('linear_training', _linear_context, _linear_autograd)
 
 
 def _linear_macs(x_shape, weight_shape, weight2_shape) -> int:
@@ -193,7 +208,7 @@ def _depthwise_autograd(ctx, grad, _):
     return torch.ops.ppsr.depthwise_training_backward(grad, *ctx.saved_tensors)
 
 
-torch.library.register_autograd('ppsr::depthwise_training', _depthwise_autograd, setup_context=_depthwise_context)
+_learns('depthwise_training', _depthwise_context, _depthwise_autograd)
 
 
 @register_flop_formula(torch.ops.ppsr.depthwise_training)
@@ -271,7 +286,7 @@ def _dictionary_autograd(ctx, grad, _, grad_matrix):
     return torch.ops.ppsr.dictionary_training_backward(grad, grad_matrix, q, k, v, matrix)
 
 
-torch.library.register_autograd('ppsr::dictionary_training', _dictionary_autograd, setup_context=_dictionary_context)
+_learns('dictionary_training', _dictionary_context, _dictionary_autograd)
 
 
 @_operator('refinement_training(Tensor matrix, Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)')
@@ -326,7 +341,7 @@ def _refinement_autograd(ctx, grad, _):
     return of_matrix, of_x, of_weight, torch.zeros_like(of_weight), None  # a softmax does not see the bias
 
 
-torch.library.register_autograd('ppsr::refinement_training', _refinement_autograd, setup_context=_refinement_context)
+_learns('refinement_training', _refinement_context, _refinement_autograd)
 
 
 @register_flop_formula(torch.ops.ppsr.dictionary_training)
