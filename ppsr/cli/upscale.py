@@ -3,9 +3,13 @@
 import argparse
 import sys
 
+import torch
+
 from ppsr.archs.masked import SCOPES
 from ppsr.cli.numbers import PIXELS, THRESHOLD, Number
+from ppsr.device import resolve_device
 from ppsr.errors import UserError
+from ppsr.pictures.memory import free_memory, parse_size
 from ppsr.pictures.upscaler import OUTSCALES, Upscaler
 
 
@@ -63,8 +67,8 @@ def chosen_network(args) -> dict:
     )
 
 
-def make_upscaler(args, **options):
-    """An Upscaler from the options of :func:`add_network_options`."""
+def make_upscaler(args, quiet: bool = False, **options):
+    """An Upscaler from the options of :func:`add_network_options`; what the dial chose is printed."""
     upscaler = Upscaler.from_pretrained(
         **chosen_network(args),
         max_loss=args.max_loss,
@@ -77,7 +81,7 @@ def make_upscaler(args, **options):
         max_memory=args.max_memory,
         **options,
     )
-    if upscaler.choice is not None:
+    if upscaler.choice is not None and not quiet:
         print(upscaler.choice, file=sys.stderr)
     return upscaler
 
@@ -110,12 +114,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args) -> int:
-    from ppsr.pictures.batch import plan_jobs, run_jobs
+    from ppsr.pictures.batch import STREAM, plan_jobs, run_jobs
+    from ppsr.pictures.sharing import join_crew
 
-    plan = plan_jobs(args.input, args.output, args.suffix, args.ext, args.recursive, args.save_mask)
-    upscaler = make_upscaler(args, outscale=args.outscale)
-    if upscaler.outscale != upscaler.scale:
-        print(f'The network enlarges ×{upscaler.scale}; Lanczos makes ×{upscaler.outscale:g} of it.', file=sys.stderr)
-    summary = run_jobs(upscaler, plan, args.quality, args.overwrite)
+    with join_crew() as crew:
+        if crew.size > 1:
+            if STREAM in (*args.input, args.output):
+                raise UserError("'-' is one stream, which processes cannot share; start one process, without torchrun.")
+            _take_share(args, crew.local_rank, crew.local_size)
+        plan = crew.from_first(
+            lambda: plan_jobs(args.input, args.output, args.suffix, args.ext, args.recursive, args.save_mask)
+        )
+        upscaler = make_upscaler(args, quiet=not crew.is_first, outscale=args.outscale)
+        if upscaler.outscale != upscaler.scale and crew.is_first:
+            made = f'The network enlarges ×{upscaler.scale}; Lanczos makes ×{upscaler.outscale:g} of it.'
+            print(made, file=sys.stderr)
+        summary = run_jobs(upscaler, plan, args.quality, args.overwrite, crew=crew)
+    if not crew.is_first:
+        return 0  # the first one tells what failed here, too; torchrun would end the others
     print(summary, file=sys.stderr if args.output == '-' else sys.stdout)
     return 1 if summary.failed else 0
+
+
+def _take_share(args, rank: int, processes: int) -> None:
+    """One GPU, or one part of the memory, for each of the processes of this machine."""
+    if args.device in ('auto', 'cuda') and torch.cuda.is_available():
+        args.device = f'cuda:{rank % torch.cuda.device_count()}'
+        processes = -(-processes // torch.cuda.device_count())  # on this GPU
+    if processes > 1:
+        room = free_memory(resolve_device(args.device)) if args.max_memory is None else parse_size(args.max_memory)
+        args.max_memory = str(room // processes)

@@ -5,7 +5,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ppsr.archs.masked import mask_module
 from ppsr.errors import UserError
 from ppsr.images import FORMATS, IMAGE_SUFFIXES, Picture, read_header, write_file
+from ppsr.pictures.sharing import Alone
 from ppsr.pictures.upscaler import Stats, Upscaler
 
 __all__ = ['EXTENSIONS', 'STREAM', 'Job', 'Plan', 'Summary', 'exists', 'open_source', 'plan_jobs', 'run_jobs']
@@ -75,6 +76,22 @@ class Summary:
     skipped: int = 0
     failed: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, parts: Sequence['Summary'], failed: Iterable[str] = ()) -> 'Summary':
+        """One of several, and of further failures."""
+        together = cls(failed=list(failed))
+        for part in parts:
+            together.done += part.done
+            together.masks += part.masks
+            together.skipped += part.skipped
+            together.failed = [*together.failed, *part.failed]
+        return together
+
+    def without_pictures(self) -> 'Summary':
+        """The same with empty masks: for other processes."""
+        done = [replace(s, mask=None if s.mask is None else s.mask[:0]) for s in self.done]
+        return replace(self, done=done)
 
     def __str__(self) -> str:
         pixels = sum(s.output_size[0] * s.output_size[1] for s in self.done)
@@ -341,6 +358,7 @@ def run_jobs(
     quality: int = 95,
     overwrite: bool = False,
     progress: bool | None = None,
+    crew: Alone | None = None,
 ) -> Summary:
     """Enlarge every job's input; one that fails is told and counted, the others go on.
 
@@ -352,28 +370,22 @@ def run_jobs(
         quality: of JPEG and WebP.
         overwrite: redo what exists; otherwise it is skipped.
         progress: show the progress bar; None = only on a terminal.
+        crew: processes that share the jobs; the summary of the first is that of all. None: this one alone.
     """
-    start, summary = time.perf_counter(), Summary(failed=list(plan.failed))
+    crew = crew or Alone()
+    start, summary = time.perf_counter(), Summary(failed=list(plan.failed) if crew.is_first else [])
     jobs, notes = plan.jobs, list(plan.notes)
     if any(job.mask for job in jobs) and not upscaler.has_mask:
         notes.append('This network exempts no pixels: there are no masks to save.')
         jobs = [replace(job, mask=None) for job in jobs]
-    todo = []
-    for job in jobs:
-        try:
-            done = [not overwrite and exists(path) for path in (job.target, job.mask) if path not in (None, STREAM)]
-        except UserError:  # told when its turn comes
-            done = [False]
-        if done and all(done):
-            summary.skipped += 1
-        else:
-            todo.append(job)
-    bar = _Bar(todo, progress)
+    todo = crew.from_first(lambda: [job for job in jobs if not _is_done(job, overwrite)])  # once: results appear later
+    summary.skipped = len(jobs) - len(todo) if crew.is_first else 0
+    bar = _Bar(todo, progress, crew)
     before, upscaler.say = upscaler.say, bar.say
     try:
-        for note in (*notes, *(f'Failed: {sentence}' for sentence in plan.failed)):
+        for note in (*notes, *(f'Failed: {sentence}' for sentence in plan.failed)) if crew.is_first else ():
             bar.say(note)
-        for job in todo:
+        for job in crew.take(todo, _source_name):
             bar.begin(job)
             try:
                 _run_job(upscaler, job, quality, overwrite, bar, summary)
@@ -384,11 +396,25 @@ def run_jobs(
                 summary.failed.append(message)
                 bar.say(f'Failed: {message}')
             bar.end()
+        parts, lost = crew.gather(summary.without_pictures(), bar.show)
+        for sentence in lost:
+            bar.say(f'Failed: {sentence}')
     finally:
         upscaler.say = before
         bar.close()
+    if len(parts) > 1 or lost:
+        summary = Summary.of(parts, lost)
     summary.seconds = time.perf_counter() - start
     return summary
+
+
+def _is_done(job: Job, overwrite: bool) -> bool:
+    """Whether all results of a job are there and are kept."""
+    try:
+        done = [not overwrite and exists(path) for path in (job.target, job.mask) if path not in (None, STREAM)]
+    except UserError:  # told when its turn comes
+        return False
+    return bool(done) and all(done)
 
 
 def _run_job(upscaler: Upscaler, job: Job, quality: int, overwrite: bool, bar: '_Bar', summary: Summary) -> None:
@@ -423,9 +449,10 @@ def _save_mask(upscaler: Upscaler, picture: Picture, mask, path: Path) -> None:
 class _Bar:
     """Progress over the input pixels of all jobs: images differ in size, so counting them would mislead."""
 
-    def __init__(self, jobs: list[Job], show: bool | None):
+    def __init__(self, jobs: list[Job], show: bool | None, crew: Alone):
+        self.crew, show = crew, show if crew.is_first else False
         self.sizes = {job: self._pixels(job) for job in jobs}
-        self.images, self.started, self.finished = len(jobs), 0, 0.0
+        self.images, self.started, self.mine = len(jobs), 0, 0.0  # of the picture that is being made
         self.job: Job | None = None
         self.bar = tqdm(
             total=max(sum(self.sizes.values()), 1e-9),
@@ -449,23 +476,29 @@ class _Bar:
         self.bar.write(text, file=sys.stderr)
 
     def begin(self, job: Job) -> None:
-        self.job, self.started = job, self.started + 1
+        self.job, self.started, self.mine = job, self.started + 1, 0.0
         self._postfix('')
 
     def tile(self, done: int, total: int) -> None:
-        self._advance(self.finished + self.sizes[self.job] * done / total)
+        self._advance(self.sizes[self.job] * done / total)
         self._postfix(f', tile {done}/{total}' if total > 1 else '')
 
     def end(self) -> None:
-        self.finished += self.sizes[self.job]
-        self._advance(self.finished)
+        self._advance(self.sizes[self.job])
+
+    def show(self, work: float) -> None:
+        """What all processes have done."""
+        self.bar.update(work - self.bar.n)
 
     def _advance(self, to: float) -> None:
-        if to > self.bar.n:  # a second try with smaller tiles starts again: the bar waits for it
-            self.bar.update(to - self.bar.n)
+        """So much of this picture is done. A second try with smaller tiles starts again: the bar waits for it."""
+        if to > self.mine:
+            self.show(self.crew.advance(to - self.mine))
+            self.mine = to
 
     def _postfix(self, tile: str) -> None:
-        self.bar.set_postfix_str(f'image {self.started}/{self.images} {_source_name(self.job)}{tile}')
+        which = f'image {self.started}/{self.images}' if self.crew.size == 1 else f'{self.images} images, here'
+        self.bar.set_postfix_str(f'{which} {_source_name(self.job)}{tile}')
 
     def close(self) -> None:
         self.bar.close()

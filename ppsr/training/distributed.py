@@ -12,13 +12,17 @@ __all__ = ['any_process', 'barrier', 'from_all', 'from_first', 'init_dist', 'lea
 
 
 def init_dist(opt: dict, launcher: str) -> None:
-    """Join the process group and set ``opt['dist' | 'rank' | 'world_size' | 'num_gpu']``; 'none' changes nothing.
+    """Join the process group and set ``opt['dist' | 'rank' | 'world_size' | 'num_gpu']``.
+
+    'none' changes nothing, except where torchrun has started several processes: then it is 'pytorch'.
 
     basicsr's own function assumes CUDA. Here a process takes the GPU of its LOCAL_RANK, or the CPU when num_gpu is 0.
 
     Raises:
         UserError: the launcher's environment variables are not there.
     """
+    if launcher == 'none' and 'TORCHELASTIC_RUN_ID' in os.environ and os.environ.get('WORLD_SIZE', '1') != '1':
+        launcher = 'pytorch'
     if launcher == 'none':
         return
     if launcher == 'slurm':

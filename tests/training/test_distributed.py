@@ -291,6 +291,17 @@ def _children(pid: int) -> list[int]:
 # --------------------------------------------------------------------------------------------------- launchers' errors
 
 
+def test_torchrun_needs_no_launcher_option(monkeypatch):
+    for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    monkeypatch.setenv('WORLD_SIZE', '1')
+    init_dist({'num_gpu': 0}, 'none')  # alone: nothing to join
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(UserError, match='--launcher pytorch: RANK'):
+        init_dist({'num_gpu': 0}, 'none')
+
+
 def test_launcher_without_its_environment_is_a_user_error(monkeypatch):
     for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'SLURM_PROCID', 'SLURM_NTASKS'):
         monkeypatch.delenv(name, raising=False)
