@@ -1,6 +1,6 @@
 """Measures the sections of docs/performance.md: all CPU benchmarks on this machine; half an hour on 2 cores.
 
-python benchmarks/performance.py [-o docs/performance.md] [--runs 5] [--only forward forward-v2 training-step memory]
+python benchmarks/performance.py [-o docs/performance.md] [--runs 5] [--only forward frames memory …]
 """
 
 import argparse
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import forward
+import frames
 import memory
 import train_step
 from common import machine
@@ -19,6 +20,7 @@ from ppsr.ops import dispatch
 SECTIONS = {
     'forward': lambda runs, backends: forward.report('ATDLight', 180, 320, runs, backends),
     'forward-v2': lambda runs, backends: forward.report('ATDLightV2', 180, 320, runs, backends, brief=True),
+    'frames': lambda runs, _: frames.report('ATDLight', 4, runs),
     'training-step': lambda runs, backends: train_step.report(4, 48, runs, backends),
     'memory': lambda runs, backends: memory.report(list(memory.CASES), backends),
 }
