@@ -335,7 +335,7 @@ def colour_mask(lq, num_centers: int, window_size: int, shift: int, fuse: bool):
 
 
 def around(x, w: int):
-    """Sum over the w×w neighbourhood of (B, 3, H, W); the edge pixel is repeated."""
+    """Sum over the w×w neighbourhood of (B, C, H, W); the edge pixel is repeated."""
     for axis in (2, 3):
         pads = [0] * 8
         pads[axis] = pads[axis + 4] = w // 2
@@ -367,8 +367,9 @@ def gradient_mask_of(lq, threshold: float):
             difference = op.Sub(op.Slice(wide, ints(i), op.Add(sides, ints(i)), ints(axis)), x)
             square = op.Mul(difference, difference)
             total = square if total is None else op.Add(total, square)
-    total = op.ReduceSum(total, ints(1), keepdims=0)
-    return op.Less(total, double(4 * (PIXEL_STEPS * threshold) ** 2))
+    total = op.ReduceSum(total, ints(1), keepdims=1)
+    total = op.Add(op.Mul(total, double(9)), around(total, 3))
+    return op.Squeeze(op.Less(total, double(4 * 18 * (PIXEL_STEPS * threshold) ** 2)), ints(1))
 
 
 def variance_mask_of(lq, threshold: float, window_size: int):

@@ -1,5 +1,6 @@
-"""Flatness at the finest scale: a pixel may skip where it hardly differs from its four neighbours."""
+"""Flatness at the finest scale: a pixel may skip where it and those around it hardly differ from their neighbours."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ppsr.masks.base import PixelMask, register_mask, require_threshold
@@ -11,14 +12,17 @@ THRESHOLD = 0.05
 
 
 def local_gradient(lq: Tensor) -> Tensor:
-    """Squared differences of each pixel from its four neighbours, summed over neighbours and channels; at the edges of
-    the image the edge pixel is repeated.
+    """Squared differences from the four neighbours, summed over neighbours and channels: those of the pixel itself and
+    the mean of those in the 3×3 around it in equal parts. At the edges of the image what is at the edge is repeated.
+
+    A pixel that happens to be like its neighbours in the middle of texture would be exempt by its own differences, and
+    what is around it would suffer; by the mean alone, flat pixels beside an edge would not be.
 
     Args:
         lq: (B, 3, H, W) RGB in [0, 1], any float dtype; clamped and rounded to 1/65535 as for the colour mask.
 
     Returns:
-        (B, H, W) float64, 65535² times that sum: integers below 2³⁶, so that sums are exact, in any order, on any
+        (B, H, W) float64, 18·65535² times that: integers below 2⁴¹, so that sums are exact, in any order, on any
         device.
 
     Raises:
@@ -32,19 +36,22 @@ def local_gradient(lq: Tensor) -> Tensor:
     total[..., :-1] += across
     total[:, 1:] += down
     total[:, :-1] += down
-    return total
+    if not total.numel():
+        return total
+    around = F.avg_pool2d(F.pad(total[:, None], (1, 1, 1, 1), mode='replicate'), 3, 1, divisor_override=1)[:, 0]
+    return 9 * total + around
 
 
 def gradient_mask(lq: Tensor, threshold: float = THRESHOLD) -> Tensor:
-    """(B, 3, H, W) RGB in [0, 1] -> (B, H, W) bool, True where the mean over the four neighbours of the squared
-    distance (Euclidean, of the colours) is below threshold²."""
-    return local_gradient(lq) < 4 * (PIXEL_STEPS * threshold) ** 2
+    """(B, 3, H, W) RGB in [0, 1] -> (B, H, W) bool, True where :func:`local_gradient`, for each of the four neighbours,
+    is below threshold²."""
+    return local_gradient(lq) < 4 * 18 * (PIXEL_STEPS * threshold) ** 2
 
 
 @register_mask('gradient')
 class Gradient(PixelMask):
     """Exempts the pixels that hardly differ from their neighbours: root mean squared colour distance from the four of
-    them below the threshold.
+    them below the threshold, where the square is half the pixel's own and half the mean of the 3×3 around it.
 
     What attention is missed for is detail of the size of a pixel. A slow gradient, which a variance over a window
     counts as structure, is restored as well without it; faint lines, which such a variance hardly sees, are not
@@ -59,7 +66,7 @@ class Gradient(PixelMask):
         ValueError: a threshold out of range (on construction), a tensor of another shape (on call).
     """
 
-    period = 1  # it sees the rows above and below
+    period = 2  # it sees two rows above and below
 
     def __init__(self, threshold: float = THRESHOLD):
         super().__init__()
@@ -72,8 +79,8 @@ class Gradient(PixelMask):
         return Gradient(threshold)
 
     def macs(self, height: int, width: int) -> int:
-        """Two squares, right and below, and four sums, per pixel and channel."""
-        return height * width * 3 * 6
+        """Per pixel and channel two squares, right and below, and four sums; per pixel nine sums and a product."""
+        return height * width * (3 * 6 + 10)
 
     def extra_repr(self) -> str:
         return f'threshold={self.threshold}'

@@ -47,7 +47,9 @@ def test_local_gradient_by_the_definition():
     lq = torch.rand(2, 3, 9, 11)
     padded = F.pad((lq.double() * 65535).round(), (1, 1, 1, 1), mode='replicate')
     shifted = [padded[..., y : y + 9, x : x + 11] for y, x in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))]
-    expected = sum((other - shifted[0]).square().sum(1) for other in shifted[1:])
+    own = sum((other - shifted[0]).square().sum(1) for other in shifted[1:])
+    around = F.pad(own[:, None], (1, 1, 1, 1), mode='replicate')[:, 0].unfold(1, 3, 1).unfold(2, 3, 1).sum((3, 4))
+    expected = 9 * own + around
     found = local_gradient(lq)
     assert found.dtype == torch.float64 and torch.equal(found, expected)
     one_row, one_pixel = local_gradient(lq[..., :1, :]), local_gradient(lq[..., :1, :1])
@@ -55,15 +57,16 @@ def test_local_gradient_by_the_definition():
 
 
 def test_gradient_by_hand():
-    """One pixel of (0.3, 0, 0.4) on black: 0.5 from each of its neighbours, and they from it alone, √(0.25 / 4)."""
-    lq = torch.zeros(1, 3, 5, 5)
-    lq[0, :, 2, 2] = torch.tensor([0.3, 0, 0.4])
-    cross = torch.tensor([(y - 2) ** 2 + (x - 2) ** 2 == 1 for y in range(5) for x in range(5)]).view(5, 5)
-    middle = torch.zeros(5, 5, dtype=torch.bool)
-    middle[2, 2] = True
-    assert torch.equal(Gradient(0.2499)(lq)[0], ~cross & ~middle)
-    assert torch.equal(Gradient(0.2501)(lq)[0], ~middle) and torch.equal(Gradient(0.4999)(lq)[0], ~middle)
-    assert Gradient(0.5001)(lq).all()
+    """One pixel of (0.3, 0, 0.4) on black, 0.5 from each of its neighbours. Mean squared distances are 0.25 for it
+    and 0.0625 for each of the four; all five lie in the 3×3 around it, so it gets (0.25 + 0.5 / 9) / 2 = 0.391². A
+    neighbour has itself, the middle and two other neighbours in its 3×3, (0.0625 + 0.4375 / 9) / 2 = 0.2357²; a
+    diagonal pixel has the middle and two, (0.375 / 9) / 2 = 0.1443²; one two pixels away one, 0.0589²."""
+    lq = torch.zeros(1, 3, 7, 7)
+    lq[0, :, 3, 3] = torch.tensor([0.3, 0, 0.4])
+    away = torch.tensor([[(y - 3) ** 2 + (x - 3) ** 2 for x in range(7)] for y in range(7)])
+    for threshold, exempt in ((0.39, away > 0), (0.236, away > 0), (0.235, away > 1), (0.145, away > 1)):
+        assert torch.equal(Gradient(threshold)(lq)[0], exempt)
+    assert torch.equal(Gradient(0.144)(lq)[0], away > 2) and Gradient(0.392)(lq).all()
 
 
 @pytest.mark.parametrize('kind', [Variance, Gradient])
