@@ -432,12 +432,15 @@ class PurePassSRModel(SRModel):
         self.nondist_validation(dataloader, current_iter, tb_logger, save_img)
 
     def nondist_validation(self, dataloader, current_iter, tb_logger, save_img):
-        """Metrics and statistics of one data set; several processes take every n-th image each and share their sums."""
+        """Metrics and statistics of one data set; several processes take every n-th image each.
+
+        What they find is added up image by image, in the order of the data set: the results are those of one process.
+        """
         dataset, val = dataloader.dataset, self.opt['val']
         rank, world_size = self.opt['rank'], self.opt['world_size']
         name = dataset.opt['name']
         metrics = val.get('metrics') or {}
-        sums: dict[str, float] = {'images': 0, **dict.fromkeys(metrics, 0.0)}
+        records: dict[int, dict[str, float]] = {}  # of each image
         mine = range(rank, len(dataset), world_size)
         unscored, error = [], None
         try:
@@ -447,42 +450,38 @@ class PurePassSRModel(SRModel):
                 data = default_collate([dataset[i]])
                 self.feed_data(data)
                 self.test()
-                path = data['lq_path'][0]
+                path, record = data['lq_path'][0], dict.fromkeys(metrics, math.nan)
                 if self.output.isfinite().all():
                     images = self._as_images()
                     for metric, options in metrics.items():
                         with _as_user_error(f'val → metrics → {metric}, {path}'):
                             value = calculate_metric(images, dict(options))
                         if math.isnan(value):
-                            unscored.append(f'{path}: {metric} is not a number. It has no score.')
-                        sums[metric] += value
+                            unscored.append((i, f'{path}: {metric} is not a number. It has no score.'))
+                        record[metric] = value
                     if save_img:
                         write_png(self._image_path(dataset, path, current_iter), images['img'][..., ::-1])
                 else:
-                    sums.update(dict.fromkeys(metrics, math.nan))
-                    unscored.append(f'{path}: the output is not finite{self._why_not_finite()}. No score, no picture.')
-                for statistic, value in self.statistics.items():
-                    sums[statistic] = sums.get(statistic, 0.0) + value
-                sums['images'] += 1
+                    why = self._why_not_finite()
+                    unscored.append((i, f'{path}: the output is not finite{why}. No score, no picture.'))
+                records[i] = record | self.statistics
                 self._forget_images()
         except Exception as e:
             error = e
-        raise_in_all(error, self.device)  # before the others wait for this one's sums
-        unscored = [sentence for of_process in from_all(unscored) for sentence in of_process]
+        raise_in_all(error, self.device)  # before the others wait for this one's records
+        unscored = [
+            sentence for _, sentence in sorted(pair for of_process in from_all(unscored) for pair in of_process)
+        ]
         for sentence in unscored:
             get_root_logger().error(f'Validation {name}: {sentence}')
         self.unscored += unscored
 
-        if self.opt['dist']:
-            keys = ['images', *metrics, *STATISTICS]
-            total = torch.tensor([sums.get(key, 0.0) for key in keys], dtype=torch.float64, device=self.device)
-            torch.distributed.all_reduce(total)
-            counted = as_masked(self.get_bare_model(self.net_g)) is not None
-            sums = {k: v for k, v in zip(keys, total.tolist()) if k not in STATISTICS or counted}
-        if sums.pop('images') < len(dataset):
+        records = {i: record for of_process in from_all(records) for i, record in of_process.items()}
+        if len(records) < len(dataset):
             get_root_logger().info(f'Validation {name} was stopped on the way.')
             return
-        self.metric_results = {key: float(value) / len(dataset) for key, value in sums.items()}
+        in_order = [record for _, record in sorted(records.items())]
+        self.metric_results = {key: float(sum(r[key] for r in in_order)) / len(dataset) for key in in_order[0]}
         self._initialize_best_metric_results(name)
         for key, value in self.metric_results.items():
             self._update_best_metric_result(name, key, value, current_iter)
