@@ -164,7 +164,8 @@ def test_gradients_reach_every_parameter():
     loss = net(torch.rand(2, 3, 12, 12)).square().mean() + net.auxiliary_losses()['ratio']
     loss.backward()
     without = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert not without
+    # a shift of a whole row before a softmax changes nothing
+    assert all(name.endswith('norm3.bias') for name in without)
 
 
 def test_gradient_reaches_the_scores_from_the_image_alone():
