@@ -37,7 +37,6 @@ def test_shipped_options_are_what_the_template_gives():
         'study.yml',
         'pp_atd_light_x2_cpu.yml',
         'pp_atd_light_x3_cpu.yml',
-        'pp_atd_light_x4_flat_cpu.yml',
         'pp_atd_light_x4_window.yml',
     }
     committed = {
