@@ -24,6 +24,7 @@ COMMANDS = {
     'prepare': 'make LR images, sub-images, meta files and LMDBs from HR folders',
     'upscale': 'enlarge pictures',
     'video': 'enlarge a video, with its sound and subtitles',
+    'web': 'a page in the browser that enlarges pictures on this machine',
     'mask': 'draw which pixels Pure-Pass finds pure',
     'compare': 'one picture: input, bicubic, ours, difference, mask',
     'calibrate': 'measure what fast settings cost, for upscale --max-loss',

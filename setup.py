@@ -131,6 +131,7 @@ setup(
         'export': ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20'],
         'executorch': ['executorch>=1.0'],
         'hub': ['huggingface_hub>=0.24'],
+        'web': ['gradio>=6'],
         'video': ['av>=18'],
         'test': [
             "av>=18; python_version >= '3.11'",  # there is none for 3.10: these tests are skipped there

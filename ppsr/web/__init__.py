@@ -1,0 +1,1 @@
+"""``ppsr web``: a page in the browser that enlarges pictures on this machine."""
