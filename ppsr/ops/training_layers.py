@@ -17,7 +17,10 @@ from ppsr.ops.native import call, ready, require
 __all__ = ['depthwise_training', 'dictionary_training', 'linear_training', 'refinement_training']
 
 
-_library = torch.library.Library('ppsr', 'FRAGMENT')  # a call costs less than one of torch.library.custom_op
+# a call costs less than one of torch.library.custom_op, which would let a second import replace the first
+if (_before := vars(torch.ops.ppsr).get('training_library')) is not None:
+    _before._destroy()
+_library = torch.ops.ppsr.training_library = torch.library.Library('ppsr', 'FRAGMENT')
 
 
 def _operator(schema: str) -> Callable[[Callable], Callable]:
