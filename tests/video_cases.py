@@ -101,7 +101,7 @@ def clip(
         for number, picture in enumerate(pictures):
             frame = picture if isinstance(picture, av.VideoFrame) else av.VideoFrame.from_ndarray(picture, 'rgb24')
             if frame.format.name != pix_fmt:
-                frame = frame.reformat(format=pix_fmt)
+                frame = frame.reformat(format=pix_fmt, threads=1)
             frame.pts, frame.time_base = number if times is None else times[number], unit
             for name, value in (tags or {}).items():
                 if name != 'sample_aspect_ratio':  # the stream's alone

@@ -135,7 +135,8 @@ def planes_of(frame, layout: Layout, reformatter) -> list[np.ndarray]:
     if frame.format.name != layout.name:
         # the same range before and after: values stay; this way no chroma is resampled either
         same = {'src_color_range': FULL, 'dst_color_range': FULL} if layout.kind != 'rgb' else {}
-        frame = reformatter.reformat(frame, format=layout.name, interpolation='POINT', **same)
+        # one thread: with more, libswscale 9.5 now and then leaves rows of chroma out where it begins a slice
+        frame = reformatter.reformat(frame, format=layout.name, interpolation='POINT', threads=1, **same)
     planes = []
     for plane in frame.planes[: 1 if layout.kind == 'gray' else 3]:
         rows = np.frombuffer(plane, layout.dtype).reshape(plane.height, -1)

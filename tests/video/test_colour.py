@@ -46,11 +46,11 @@ def test_black_white_and_gray_are_where_the_standard_has_them():
 @pytest.mark.parametrize('wide', [1, 2], ids=['limited', 'full'])
 def test_equals_swscale(matrix, wide):
     frame = av.VideoFrame.from_ndarray(moving(1)[0], 'rgb24')
-    frame = frame.reformat(format='yuv444p', dst_colorspace={1: 1, 5: 5, 9: 9}[matrix], dst_color_range=wide)
+    frame = frame.reformat(format='yuv444p', dst_colorspace=matrix, dst_color_range=wide, threads=1)
     frame.colorspace, frame.color_range = matrix, wide
     layout = Layout.of(frame.format)
     ours = planes_to_rgb(planes_of(frame, layout, VideoReformatter()), layout, Colour.of(frame, layout))
-    theirs = frame.reformat(format='rgb24', dst_color_range=2).to_ndarray()
+    theirs = frame.reformat(format='rgb24', dst_color_range=2, threads=1).to_ndarray()
     assert Colour.of(frame, layout) == Colour(matrix, wide == 2)
     assert np.abs(np.rint(ours * 255) - theirs).max() <= 2
 
@@ -77,14 +77,18 @@ def test_odd_sizes_have_a_sample_for_the_last_pixel():
     assert planes_to_rgb(planes, layout, Colour(1, False)).shape == (5, 7, 3)
 
 
-@pytest.mark.parametrize('name', ['nv12', 'p010le', 'yuyv422', 'uyvy422', 'yuv420p10be', 'yuvj422p', 'yuva444p10le'])
+@pytest.mark.parametrize(
+    'name', ['nv12', 'p010le', 'p216le', 'y210le', 'yuyv422', 'uyvy422', 'yuv420p10be', 'yuvj422p', 'yuva444p10le']
+)
 def test_packed_formats_are_taken_apart_without_changing_values(name):
     whole = Layout.of(av.VideoFormat(name, *SIZE[::-1]))
-    frame = av.VideoFrame.from_ndarray(moving(1)[0], 'rgb24').reformat(format=whole.name)
+    frame = av.VideoFrame.from_ndarray(moving(1)[0], 'rgb24').reformat(format=whole.name, threads=1)
     expected = [plane.copy() for plane in planes_of(frame, whole, VideoReformatter())]
-    packed = frame.reformat(format=name, interpolation='POINT', src_color_range=2, dst_color_range=2)
+    same = {'interpolation': 'POINT', 'src_color_range': 2, 'dst_color_range': 2, 'threads': 1}
+    packed = frame.reformat(format=name, **same)
     assert packed.format.name == name
-    assert all(map(np.array_equal, expected, planes_of(packed, whole, VideoReformatter())))
+    for _ in range(50):  # libswscale is wrong now and then with threads
+        assert all(map(np.array_equal, expected, planes_of(packed, whole, VideoReformatter())))
 
 
 def test_what_is_not_said_is_taken_as_players_take_it():
