@@ -145,6 +145,8 @@ setup(
             'onnx>=1.17',
             'onnxscript>=0.5',
             'onnxruntime>=1.20',
+            'gradio>=6',
+            'selenium>=4.20',  # the page in Debian's Chromium (packages chromium, chromium-driver); skipped without
         ],
     },
     entry_points={'console_scripts': ['ppsr=ppsr_command:entry']},

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from ppsr.cli.numbers import Number
 from ppsr.errors import UserError
-from ppsr.extras import need
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +29,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args) -> int:
-    need('web', 'ppsr web', 'gradio')
     from ppsr.device import resolve_device
     from ppsr.pictures.memory import parse_size
     from ppsr.web.page import Limits, serve

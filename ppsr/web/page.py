@@ -171,27 +171,32 @@ def make_page(
         UserError: Gradio is not installed.
     """
     (gr,) = need('web', 'ppsr web', 'gradio')
+    busy = threading.Lock()  # Gradio's limit is on its queue alone
     known: dict[str, Path | None] = {AUTOMATIC: None} | list_pretrained() | dict(files or {})
 
     def run(upload, weights, factor, kind, amount, progress=gr.Progress()):  # noqa: B008, Gradio's way
         if upload is None:
             raise gr.Error('Choose a picture first.', print_exception=False)
+        if None in (weights, factor, kind):  # the page cannot say so, a program that talks to it can
+            raise gr.Error('Choose weights, a factor and how fast.', print_exception=False)
         try:
             progress(0, desc='enlarging')
             path, scale = known[weights], None if known[weights] else float(factor)
-            result = enlarge(
-                Path(upload),
-                folder,
-                path,
-                scale,
-                wish_of(kind, float(amount or 0)),
-                limits,
-                device,
-                max_memory,
-                lambda done, total: progress(done / total, desc=f'tile {done} of {total}'),
-            )
+            with busy:
+                result = enlarge(
+                    Path(upload),
+                    folder,
+                    path,
+                    scale,
+                    wish_of(kind, float(amount or 0)),
+                    limits,
+                    device,
+                    max_memory,
+                    lambda done, total: progress(done / total, desc=f'tile {done} of {total}'),
+                )
         except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+            said = str(error).replace(upload, Path(upload).name)  # where files lie here is no visitor's business
+            raise gr.Error(said if path is None else said.replace(str(path), weights), print_exception=False) from None
         except Exception as error:
             logger.exception('ppsr web: a picture failed')
             raise gr.Error('This failed for a reason of the program; its terminal says more.') from error
@@ -216,9 +221,21 @@ def make_page(
                 slider = gr.ImageSlider(label='before and after', interactive=False, format='png', elem_id='slider')
                 label = 'mask: what is coloured was exempt'
                 mask = gr.Image(label=label, interactive=False, format='png', buttons=['download'])  # no 'share'
-        outputs = [slider, mask, file, text]
-        button.click(run, [upload, weights, factor, kind, amount], outputs, concurrency_limit=1, api_name='enlarge')
-    return page
+        inputs, outputs = [upload, weights, factor, kind, amount], [slider, mask, file, text]
+        for component in inputs:
+            component.async_move_resource_to_block_cache = _uploaded
+        button.click(run, inputs, outputs, concurrency_limit=1, api_name='enlarge')
+    # no way around the queue, which holds 20; whoever makes the page is its only caller
+    return page.queue(max_size=20, api_open=False)
+
+
+async def _uploaded(path: str | Path | None) -> str | None:
+    """A file of a visitor's message, which has been uploaded before. Gradio would download one that is an address: the
+    visitor's wish, but it would be this machine that asks other hosts."""
+    (gr,) = need('web', 'ppsr web', 'gradio')
+    if path is not None and '://' in str(path):
+        raise gr.Error('This page takes uploaded pictures, no addresses.', print_exception=False)
+    return None if path is None else str(path)
 
 
 def serve(
@@ -235,26 +252,25 @@ def serve(
     Raises:
         UserError: the address cannot be served, or Gradio is not installed.
     """
-    os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'  # read when Gradio is imported
-    os.environ['HF_HUB_DISABLE_TELEMETRY'] = '1'
-    (gr,) = need('web', 'ppsr web', 'gradio')
     _check_address(host, port)
     with tempfile.TemporaryDirectory(prefix='ppsr-web-') as folder:
-        os.environ['GRADIO_TEMP_DIR'] = str(Path(folder, 'uploads'))
-        results = Path(folder, 'results')
-        results.mkdir()
-        page = make_page(results, files, limits, device, max_memory)
+        os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'  # these are read when Gradio is imported
+        os.environ['HF_HUB_DISABLE_TELEMETRY'] = '1'
+        os.environ['GRADIO_TEMP_DIR'] = folder
+        os.environ['NO_PROXY'] = os.environ['no_proxy'] = '*'  # Gradio asks its own page whether it is there
+        (gr,) = need('web', 'ppsr web', 'gradio')
+        # results lie where Gradio keeps uploads: no second copy, and both are gone after a day
+        page = make_page(Path(folder), files, limits, device, max_memory)
         fonts = dict(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])  # none of another host
         try:
-            page.queue(max_size=20).launch(
-                server_name=host,
+            page.launch(
+                server_name=f'[{host}]' if ':' in host else host,
                 server_port=port,
                 share=False,
                 inbrowser=browser,
                 quiet=True,
                 prevent_thread_lock=True,
                 max_file_size=limits.upload,
-                allowed_paths=[str(results)],
                 theme=gr.themes.Default(**fonts),
                 footer_links=[],
                 enable_monitoring=False,
@@ -283,6 +299,6 @@ def _check_address(host: str, port: int) -> None:
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+    except (OSError, UnicodeError) as error:  # the second: no name of a host can be so
+        reason = (getattr(error, 'strerror', None) or str(error)).lower()
         raise UserError(f'{host}:{port} cannot be served ({reason}); choose another --host or --port.') from None

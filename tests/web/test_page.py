@@ -74,6 +74,7 @@ def test_mistakes_of_the_command(tmp_path, weights, capsys):
         for words, message in (
             (['--port', port], f'127.0.0.1:{port} cannot be served'),
             (['--host', 'no.such.host.invalid'], 'cannot be served'),
+            (['--host', 70 * 'a' + '.b'], 'cannot be served'),
             (['--weights', tmp_path / 'none.pth'], 'none.pth'),
             (['--weights', weights, weights], 'two files of one name'),
             (['--max-memory', 'much'], 'not an amount of memory'),
