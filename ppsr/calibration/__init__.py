@@ -2,6 +2,6 @@
 choice of one from that (``ppsr upscale --max-loss``)."""
 
 from ppsr.calibration.curve import Curve, Point, curve_of
-from ppsr.calibration.dial import Choice, Wish, choose
+from ppsr.calibration.dial import Choice, Wish, choose, load_as_wished
 
-__all__ = ['Choice', 'Curve', 'Point', 'Wish', 'choose', 'curve_of']
+__all__ = ['Choice', 'Curve', 'Point', 'Wish', 'choose', 'curve_of', 'load_as_wished']

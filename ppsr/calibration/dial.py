@@ -1,12 +1,17 @@
 """The dial from exact to fast: a wish, and the setting of a curve that fulfils it."""
 
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ppsr.calibration.curve import Curve, Point
-from ppsr.errors import UserError
+from torch import nn
 
-__all__ = ['EXACT', 'Choice', 'Wish', 'choose']
+from ppsr.calibration.curve import Curve, Point, curve_of
+from ppsr.errors import UserError
+from ppsr.weights import load_model, read_checkpoint, resolve
+
+__all__ = ['EXACT', 'Choice', 'Wish', 'choose', 'load_as_wished']
 
 LARGEST_LOSS = 10  # dB; beyond, nobody would call it a picture of the same network
 
@@ -134,3 +139,37 @@ def choose(wish: Wish, curve: Curve | None = None, where: str = 'the curve') -> 
         if point.saved > 0 and (point.loss if wish.percent is None else point.loss_at(wish.percent)) <= wish.max_loss
     ]
     return Choice(wish, max(fitting, key=lambda point: point.saved, default=None), curve)
+
+
+def load_as_wished(
+    wish: Wish | None,
+    path_or_name: str | os.PathLike | None = None,
+    *,
+    pure_pass: bool = True,
+    settings: Mapping | None = None,
+    **options,
+) -> tuple[nn.Module, Choice | None]:
+    """A network as :func:`ppsr.load_model` loads it, with the setting that a wish chooses from the weights' curve.
+
+    Args:
+        wish: None: as `pure_pass` and `settings` say.
+        path_or_name, pure_pass, settings, **options: of :func:`ppsr.load_model`.
+
+    Returns:
+        The network, and what was chosen; None without a wish.
+
+    Raises:
+        UserError: no such weights, or they do not fit; `pure_pass` or `settings` choose what is exempt, too; the
+            weights have no curve, or no setting in it fulfils the wish.
+    """
+    choice, settings = None, dict(settings or {})
+    if wish is not None:
+        given = [name for name in settings if name in ('pp_mask', 'pp_threshold', 'pp_scope')]
+        if given or not pure_pass:
+            other = given[0].removeprefix('pp_') if given else 'no Pure-Pass'
+            raise UserError(f'{wish.name} chooses what is exempt, and so does {other}; leave one of them out.')
+        curve = None if wish.exact else curve_of(read_checkpoint(resolve(path_or_name)))
+        choice = choose(wish, curve, str(path_or_name))
+        pure_pass = choice.point is not None
+        settings |= choice.point.settings if pure_pass else {}
+    return load_model(path_or_name, pure_pass=pure_pass, settings=settings, **options), choice

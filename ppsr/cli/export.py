@@ -1,17 +1,19 @@
 """``ppsr export``"""
 
+import sys
 from pathlib import Path
 
 from ppsr.archs.masked import as_masked
+from ppsr.calibration import Wish, load_as_wished
 from ppsr.cli.numbers import Number
-from ppsr.cli.upscale import add_weights_options, chosen_network
+from ppsr.cli.upscale import add_dial_options, add_weights_options, chosen_network
 from ppsr.errors import UserError
 from ppsr.extras import need
-from ppsr.weights import load_model
 
 
 def configure(parser) -> None:
     add_weights_options(parser)
+    add_dial_options(parser)
     parser.add_argument('-o', '--output', required=True, metavar='FILE', help='.onnx, or .pte of ExecuTorch')
     parser.add_argument(
         '--format', choices=('onnx', 'executorch'), help="kind of file (default: as the output's ending says)"
@@ -47,9 +49,12 @@ def run(args) -> int:
 
 
 def _network(args):
-    net = as_masked(load_model(**chosen_network(args)))
+    net, choice = load_as_wished(Wish.of(args.max_loss, args.saving, args.exact), **chosen_network(args))
+    net = as_masked(net)
     if net is None:
         raise UserError(f'{args.arch} is no network of ppsr (ppsr.archs.MaskedNetwork) and cannot be exported.')
+    if choice is not None:
+        print(choice, file=sys.stderr)
     return net
 
 

@@ -28,9 +28,8 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--scope', nargs='+', choices=SCOPES, help='attentions that pure pixels are exempt from')
 
 
-def add_network_options(parser: argparse.ArgumentParser) -> None:
-    """The options that choose a network and how it runs; shared by ``upscale`` and ``compare``."""
-    add_weights_options(parser)
+def add_dial_options(parser: argparse.ArgumentParser) -> None:
+    """The options that choose how fast; shared by ``upscale``, ``compare``, ``video`` and ``export``."""
     dial = parser.add_mutually_exclusive_group()
     dial.add_argument(
         '--max-loss',
@@ -42,6 +41,12 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         '--saving', type=Number(0.0, 100.0), metavar='PERCENT', help='best setting that saves so much of the work'
     )
     dial.add_argument('--exact', action='store_true', help='dense, as --no-pure-pass')
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a network and how it runs; shared by ``upscale`` and ``compare``."""
+    add_weights_options(parser)
+    add_dial_options(parser)
     parser.add_argument(
         '-t', '--tile', type=PIXELS, help='tile side in input pixels; 0 = never cut (default: from memory)'
     )

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ppsr.archs.masked import as_masked, mask_module
-from ppsr.calibration import Choice, Wish, choose, curve_of
+from ppsr.calibration import Choice, Wish, load_as_wished
 from ppsr.device import DTYPES, resolve_device, resolve_dtype, torch_as_it_comes
 from ppsr.errors import UserError
 from ppsr.images import (
@@ -56,7 +56,7 @@ from ppsr.tiling import (
     tiled_bands,
     tiled_mask,
 )
-from ppsr.weights import default_model, load_model, read_checkpoint, resolve
+from ppsr.weights import default_model
 
 __all__ = ['DTYPES', 'Stats', 'Upscaler', 'resolve_device', 'resolve_dtype']
 
@@ -203,18 +203,10 @@ class Upscaler:
         if path_or_name is None:
             outscale = options.get('outscale')
             path_or_name = default_model(outscale if isinstance(outscale, (int, float)) else None)
-        choice, wish = None, Wish.of(max_loss, saving, exact)
-        if wish is not None:
-            settings = dict(settings or {})
-            given = [name for name in settings if name in ('pp_mask', 'pp_threshold', 'pp_scope')]
-            if given or not pure_pass:
-                other = given[0].removeprefix('pp_') if given else 'no Pure-Pass'
-                raise UserError(f'{wish.name} chooses what is exempt, and so does {other}; leave one of them out.')
-            curve = None if wish.exact else curve_of(read_checkpoint(resolve(path_or_name)))
-            choice = choose(wish, curve, str(path_or_name))
-            pure_pass = choice.point is not None
-            settings |= choice.point.settings if pure_pass else {}
-        net = load_model(path_or_name, arch=arch, pure_pass=pure_pass, device=device, settings=settings)
+        wish = Wish.of(max_loss, saving, exact)
+        net, choice = load_as_wished(
+            wish, path_or_name, arch=arch, pure_pass=pure_pass, device=device, settings=settings
+        )
         made = cls(net, device=device, **options)
         made.choice = choice
         return made
