@@ -11,6 +11,7 @@ from pathlib import Path
 import forward
 import frames
 import memory
+import peers
 import train_step
 from common import machine
 
@@ -23,6 +24,7 @@ SECTIONS = {
     'frames': lambda runs, _: frames.report('ATDLight', 4, runs),
     'training-step': lambda runs, backends: train_step.report(4, 48, runs, backends),
     'memory': lambda runs, backends: memory.report(list(memory.CASES), backends),
+    'peers': lambda runs, _: peers.report(180, 320, runs, 25),
 }
 
 
