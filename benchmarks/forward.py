@@ -3,6 +3,7 @@
     python benchmarks/forward.py [--arch ATDLight] [--size 180 320] [--runs 5] [--backends native torch reference]
     python benchmarks/forward.py --brief --arch ATDLightV2
     python benchmarks/forward.py --savings [--scope category window]
+    python benchmarks/forward.py --variants
 
 Weights are random: time does not depend on them beyond which tokens meet in a group. One process, cases in turn,
 medians. The reference backend materialises every attention matrix, as the formulas say. Another network is measured
@@ -152,10 +153,6 @@ def report(arch: str, height: int, width: int, runs: int, backends: list[str], b
     if brief:
         return '\n'.join(lines)
 
-    for backend in backends[:-1]:  # differences of a few per cent: many runs, as far as time allows
-        many = 4 * runs - 1 if backend == best else runs
-        lines += [savings(dense, pp, height, width, many, backend), '']
-
     start = time.perf_counter()
     for _ in range(10):
         pp.pure_mask(lq)
@@ -164,8 +161,21 @@ def report(arch: str, height: int, width: int, runs: int, backends: list[str], b
     lines += [f'The mask takes {1000 * mask_time:.1f} ms, {mask_time / forward:.2%} of the forward time.', '']
     with_best = on(best, lambda: shares(dense, lq))
     lines += [f'Where the time goes ({arch}, {best}):', '', with_best(), '']
-    lines += ['What else was tried:', '', variants(dense, lq, runs, best), '']
     return '\n'.join(lines)
+
+
+@torch.no_grad()
+def savings_report(scope: Sequence[str], height: int, width: int, runs: int, backend: str) -> str:
+    """What Pure-Pass saves: differences of a few per cent, so many runs."""
+    title = f'## What Pure-Pass saves, scope {" ".join(scope)}, {width}×{height} → ×4'
+    return '\n'.join([title, '', savings(*networks('ATDLight', scope), height, width, runs, backend), ''])
+
+
+@torch.no_grad()
+def variants_report(height: int, width: int, runs: int, backend: str) -> str:
+    title = f'## What else was tried, {width}×{height} → ×4'
+    dense, _ = networks('ATDLight')
+    return '\n'.join([title, '', variants(dense, photograph('coffee', height, width), runs, backend), ''])
 
 
 if __name__ == '__main__':
@@ -178,9 +188,12 @@ if __name__ == '__main__':
     parser.add_argument('--brief', action='store_true', help='only how long a forward takes')
     parser.add_argument('--savings', action='store_true', help='only what Pure-Pass saves, with the first backend')
     parser.add_argument('--scope', nargs='+', default=['category'], choices=SCOPES, help='of --savings')
+    parser.add_argument('--variants', action='store_true', help='only torch.compile and bfloat16 against it')
     args = parser.parse_args()
     print(machine(), '\n')
-    if args.savings:
+    if args.variants:
+        print(variants_report(*args.size, args.runs, args.backends[0]))
+    elif args.savings:
         with torch.no_grad():
             print(savings(*networks(args.arch, args.scope), *args.size, args.runs, args.backends[0]))
     else:

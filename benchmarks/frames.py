@@ -32,7 +32,7 @@ def report(arch: str, count: int, runs: int) -> str:
             speeds = [f'{count / median(s[name]):.2f}' for name in cases]
             rows.append([f'{width}×{height}', *speeds, f'{pure:.1%}', f'{ratio(s["dense"], s["pp"]):.2f}×'])
     header = [f'{arch}, input', 'dense, frames/s', 'Pure-Pass, frames/s', 'pure', 'Pure-Pass against dense']
-    return table(header, rows)
+    return '\n'.join([f'## Frames per second, {arch} ×4', '', table(header, rows), ''])
 
 
 if __name__ == '__main__':
