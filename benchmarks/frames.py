@@ -7,6 +7,7 @@ no writing. Weights are random, as in forward.py. Cases in turn, medians.
 """
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 from common import alternate, machine, median, photograph, ratio, table
@@ -15,12 +16,12 @@ from forward import ARCHS, networks
 SIZES = ((54, 96), (90, 160), (180, 320))  # height, width
 
 
-def report(arch: str, count: int, runs: int) -> str:
-    """A Markdown table; `count` frames a run."""
+def report(arch: str, count: int, runs: int, sizes: Sequence[tuple[int, int]] = SIZES) -> str:
+    """A Markdown table; `count` frames a run of each of the sizes (height, width)."""
     dense, pp = networks(arch)
     rows = []
     with torch.inference_mode():
-        for height, width in SIZES:
+        for height, width in sizes:
             wide = photograph('coffee', height, width + count)
             frames = [wide[..., i : i + width].contiguous() for i in range(count)]
             pure = sum(pp.pure_mask(frame).float().mean().item() for frame in frames) / count

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from common import machine, table
 
@@ -51,17 +52,17 @@ def measure(kind: str, batch: int, height: int, width: int, backend: str) -> dic
     return {'seconds': seconds, 'gib': (peak - before) / 2**30}
 
 
-def report(cases: list[str], backends: list[str]) -> str:
+def report(cases: dict[str, tuple[str, int, int, int]], backends: list[str]) -> str:
+    """A Markdown table of cases like those of CASES."""
     rows = []
-    for case in cases:
-        kind, batch, height, width = CASES[case]
+    for case, (kind, batch, height, width) in cases.items():
         for backend in backends:
             if backend == 'reference' and case != 'forward':
                 continue  # would not fit or not end
             arguments = json.dumps([kind, batch, height, width, backend])
             code = f'import json, memory; print(json.dumps(memory.measure(*json.loads({arguments!r}))))'
             out = subprocess.run(
-                [sys.executable, '-c', code], cwd=sys.path[0], capture_output=True, text=True, check=True
+                [sys.executable, '-c', code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
             )
             result = json.loads(out.stdout.splitlines()[-1])
             what = f'{batch} × {height}×{width}, checkpointing' if kind == 'train' else f'{width}×{height}'
@@ -80,4 +81,4 @@ if __name__ == '__main__':
     parser.add_argument('--backends', nargs='+', default=usable, choices=usable)
     args = parser.parse_args()
     print(machine(), '\n')
-    print(report(args.cases, args.backends))
+    print(report({name: CASES[name] for name in args.cases}, args.backends))

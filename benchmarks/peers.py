@@ -1,19 +1,25 @@
-"""Other lightweight networks at ×4 beside ours on the CPU: seconds, peak memory, PSNR on Set5 with weights at hand.
+"""Other networks at ×4 beside ours on the CPU, float32: seconds, peak memory, PSNR on Set5 with the weights at hand.
 
-    python benchmarks/peers.py [--size 180 320] [--runs 3] [--compile-seconds 25] [--quick]
+    python benchmarks/peers.py [--size 180 320] [--runs 3] [--compile-seconds 300] [--only SPAN SAFMN …]
 
-The others are spandrel's and basicsr's classes in their published light configurations, with random weights except
-ATD-light, which takes ours. Each runs as the fastest of: as it is, channels_last, torch.compile (where it compiles in
-time). The peak is that of a first forward in a process of its own, not compiled, minus what was there after loading.
+The others are built as spandrel builds them from a weight file of their published configuration, padded to what
+spandrel says that they need; SwinIR-light is basicsr's class. Their weights are random but for ATD-light, which takes
+ours. SPAN's convolutions are merged once, not in every forward. Each peer is first tried in a process of its own: as it
+is, channels_last, and the faster of the two under torch.compile (with frozen weights). The fastest way runs in the
+alternation, and its peak is shown: of one forward, minus what was there before it. Linux only.
 """
 
 import argparse
+import ctypes
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,15 +31,14 @@ from ppsr.metrics import psnr
 from ppsr.ops import dispatch, use_backend
 from ppsr.weights import load_model
 
-SCALE, WEIGHTS, SET5 = 4, 'PPATDLight_x4', Path('datasets/Set5/HR')
-SLOW = 5.0  # seconds: what takes longer runs once in the alternation
+SCALE, WEIGHTS = 4, 'PPATDLight_x4'
+ENOUGH = 5.0  # seconds of trying one way of running
+AS_IS, CHANNELS_LAST, COMPILED = 'as it is', 'channels_last', 'torch.compile'
 OURS = {'ATDLight': False, 'PPATDLight': True}  # with Pure-Pass?
-PEERS = ('ATD-light, published', 'SwinIR-light', 'SPAN', 'OmniSR', 'SAFMN', 'HAT-S')
-FLOOR = 'bicubic'
-# PSNR on Urban100 ×4 in the papers, trained on DIV2K: ATD (arXiv 2401.08209), SwinIR as the ATD paper prints it, OmniSR
-# (result.tex of its authors' repository). What is missing here was not to be had in a source that could be read.
-PUBLISHED = {'ATD-light, published': 26.97, 'SwinIR-light': 26.47, 'OmniSR': 26.64}
-NEAR = 0.1  # dB: what nobody sees in a picture
+ATD, FLOOR = 'ATD-light, published', 'bicubic, torch'
+NOT_AT_HAND = {
+    'ESC': 'neither spandrel nor basicsr has its class; PLKSR, by the same authors, stands for large kernels'
+}
 
 
 class _Bicubic(nn.Module):
@@ -41,212 +46,309 @@ class _Bicubic(nn.Module):
         return nn.functional.interpolate(x, scale_factor=SCALE, mode='bicubic')
 
 
-def _atd() -> nn.Module:
-    from spandrel.architectures.ATD import ATD
+@dataclass(frozen=True)
+class Peer:
+    """How a network of others is made, and what it is known for.
 
-    net = ATD(
-        embed_dim=48, depths=(6,) * 4, num_heads=(4,) * 4, window_size=16, category_size=128, num_tokens=64,
-        reducted_dim=8, convffn_kernel_size=7, mlp_ratio=1, upscale=SCALE, upsampler='pixelshuffledirect',
+    Attributes:
+        build: makes it with random weights; of which class, says `spandrel`.
+        published: PSNR on Set5 and on Urban100 ×4, trained on DIV2K; None: in no source that could be read.
+        spandrel: whether the network that runs is the one that spandrel builds from these weights.
+    """
+
+    build: Callable[[], nn.Module]
+    published: tuple[float, float] | None = None
+    spandrel: bool = True
+
+
+def _of_spandrel(architecture: str, **options) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        return getattr(importlib.import_module(f'spandrel.architectures.{architecture}'), architecture)(**options)
+
+    return build
+
+
+def _swinir() -> nn.Module:
+    from basicsr.archs.swinir_arch import SwinIR
+
+    return SwinIR(
+        embed_dim=60, depths=(6,) * 4, num_heads=(6,) * 4, window_size=8, mlp_ratio=2, upscale=SCALE,
+        upsampler='pixelshuffledirect',
     )  # fmt: skip
-    given, own = load_model(WEIGHTS, pure_pass=False).state_dict(), net.state_dict()
-    net.load_state_dict({name: given.get(name, value) for name, value in own.items()})
-    return net
 
 
-def _build(name: str) -> nn.Module:
-    """A peer, in eval mode."""
+# Published PSNR: ATD-light by its paper (arXiv 2401.08209), SwinIR-light as that prints it, OmniSR by result.tex of its
+# authors' repository.
+PEERS = {
+    ATD: Peer(lambda: load_model(WEIGHTS, pure_pass=False), (32.63, 26.97)),
+    'SwinIR-light': Peer(_swinir, (32.44, 26.47), spandrel=False),
+    'SPAN': Peer(_of_spandrel('SPAN', num_in_ch=3, num_out_ch=3, feature_channels=48, upscale=SCALE)),
+    'OmniSR': Peer(
+        _of_spandrel('OmniSR', num_feat=64, res_num=5, block_num=1, window_size=8, up_scale=SCALE), (32.49, 26.64)
+    ),
+    'SAFMN': Peer(_of_spandrel('SAFMN', dim=36, n_blocks=8, ffn_scale=2.0, upscaling_factor=SCALE)),
+    'PLKSR-tiny': Peer(
+        _of_spandrel(
+            'PLKSR', dim=64, n_blocks=12, kernel_size=13, split_ratio=0.25, ccm_type='DCCM', use_ea=False,
+            upscaling_factor=SCALE,
+        )
+    ),
+    'HAT-S': Peer(
+        _of_spandrel(
+            'HAT', embed_dim=144, depths=(6,) * 6, num_heads=(6,) * 6, window_size=16, compress_ratio=24,
+            squeeze_factor=24, overlap_ratio=0.5, mlp_ratio=2, upscale=SCALE,
+        )
+    ),
+    FLOOR: Peer(_Bicubic, spandrel=False),
+}  # fmt: skip
+
+
+def published(name: str) -> tuple[float, float] | None:
+    """PSNR on Set5 and Urban100 ×4 by the paper; of ATD-light for our ATDLight, which computes the same."""
+    if name.startswith('PPATDLight'):
+        return None  # the tables of the paper of Pure-Pass were not to be read
+    return PEERS[ATD if name.split(', ')[0] in OURS else name].published
+
+
+def _merge(net: nn.Module) -> None:
+    """Put SPAN's merged convolutions in place of the branches that they stand for."""
+    for name, child in net.named_children():
+        if hasattr(child, 'update_params'):
+            child.update_params()
+            setattr(net, name, child.eval_conv)
+        else:
+            _merge(child)
+
+
+def network(name: str) -> tuple[nn.Module, Callable[[int, int], tuple[int, int]]]:
+    """A peer, and what a picture of (width, height) lacks to the right and below for it.
+
+    Raises:
+        UserError: spandrel is not installed.
+    """
     torch.manual_seed(0)
-    if name == FLOOR:
-        return _Bicubic()
-    if name == 'SwinIR-light':
-        from basicsr.archs.swinir_arch import SwinIR
-
-        return SwinIR(
-            embed_dim=60, depths=(6,) * 4, num_heads=(6,) * 4, window_size=8, mlp_ratio=2, upscale=SCALE,
-            upsampler='pixelshuffledirect',
-        ).eval()  # fmt: skip
+    peer, padding = PEERS[name], lambda width, height: (0, 0)
     try:
-        from spandrel.architectures.HAT import HAT
-        from spandrel.architectures.OmniSR import OmniSR
-        from spandrel.architectures.SAFMN import SAFMN
-        from spandrel.architectures.SPAN import SPAN
+        net = peer.build()
+        if peer.spandrel:
+            from spandrel import ModelLoader
+
+            descriptor = ModelLoader(device='cpu').load_from_state_dict(net.state_dict())
+            net, padding = descriptor.model, descriptor.size_requirements.get_padding
     except ImportError as e:
-        raise UserError("The peers are spandrel's classes: pip install spandrel.") from e
-    builders = {
-        'ATD-light, published': _atd,
-        'SPAN': lambda: SPAN(num_in_ch=3, num_out_ch=3, feature_channels=48, upscale=SCALE),
-        'OmniSR': lambda: OmniSR(num_feat=64, res_num=5, block_num=1, window_size=8, up_scale=SCALE),
-        'SAFMN': lambda: SAFMN(dim=36, n_blocks=8, ffn_scale=2.0, upscaling_factor=SCALE),
-        'HAT-S': lambda: HAT(
-            embed_dim=144, depths=(6,) * 6, num_heads=(6,) * 6, window_size=16, compress_ratio=24, squeeze_factor=24,
-            overlap_ratio=0.5, mlp_ratio=2, upscale=SCALE,
-        ),
-    }  # fmt: skip
-    return builders[name]().eval()
+        raise UserError(f"The peers are spandrel's classes ({e}): pip install spandrel.") from e
+    _merge(net)
+    return net.eval().requires_grad_(False), padding
 
 
-def _runner(name: str, variant: str, multiple: int = 16):
-    """lq -> sr (1, 3, 4h, 4w): padded by reflection to a size that every peer takes, cropped again."""
+def runner(name: str, way: str = AS_IS) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
+    """lq (1, 3, h, w) -> sr (1, 3, 4h, 4w), by a peer or by one of ours ('ATDLight, native'); and its parameters."""
+    backend, padding = None, lambda width, height: (0, 0)
     if name.split(', ')[0] in OURS:
         arch, backend = name.split(', ')
         net = load_model(WEIGHTS, pure_pass=OURS[arch])
     else:
-        backend, net = None, _build(name)
-        multiple = 1 if name == FLOOR else multiple
-        if variant == 'channels_last':
-            net = net.to(memory_format=torch.channels_last)
-        if variant == 'torch.compile':
-            net = torch.compile(net)
+        net, padding = network(name)
+    parameters = sum(p.numel() for p in net.parameters())
+    channels_last = CHANNELS_LAST in way
+    if channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    if COMPILED in way:
+        net = torch.compile(net, dynamic=False, options={'freezing': True})
 
     def run(lq: torch.Tensor) -> torch.Tensor:
         h, w = lq.shape[2:]
-        if backend is None:
-            lq = nn.functional.pad(lq, (0, -w % multiple, 0, -h % multiple), mode='reflect')
-            if variant == 'channels_last':
-                lq = lq.contiguous(memory_format=torch.channels_last)
+        right, below = padding(w, h)
+        if right or below:
+            lq = nn.functional.pad(lq, (0, right, 0, below), mode='reflect')
+        if channels_last:
+            lq = lq.contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), use_backend(backend):
             return net(lq)[..., : SCALE * h, : SCALE * w]
 
-    return run
+    return run, parameters
 
 
-def _peak() -> int:
-    """KiB of this process's peak resident set; not ru_maxrss, which a child takes over from who started it."""
+def _kib(field: str) -> int:
+    """KiB of this process's resident set: VmRSS, now; VmHWM, the peak."""
     with open('/proc/self/status') as status:
-        return next(int(line.split()[1]) for line in status if line.startswith('VmHWM'))
+        return next(int(line.split()[1]) for line in status if line.startswith(field))
 
 
-def measure(name: str, variant: str, height: int, width: int) -> dict:
-    """In a process of its own: GiB of the first forward, seconds of the second (of the first where that is long)."""
-    run, lq = _runner(name, variant), photograph('coffee', height, width)
-    before = _peak()
-    start = time.perf_counter()
-    run(lq)
-    seconds = time.perf_counter() - start
-    gib = (_peak() - before) / 2**20
-    if seconds < SLOW or variant == 'torch.compile':
-        start = time.perf_counter()
-        run(lq)
-        seconds = time.perf_counter() - start
-    return {'seconds': seconds, 'gib': gib}
+def measure(name: str, way: str, height: int, width: int) -> dict:
+    """In a process of its own: GiB of one forward, seconds of the fastest of a few."""
+    (run, _), lq = runner(name, way), photograph('coffee', height, width)
+    if COMPILED in way:
+        run(lq), run(lq)  # what a first forward changes in a module, a second may compile again
+        ctypes.CDLL(None).malloc_trim(0)  # what the compiler freed
+    before = _kib('VmRSS')
+    Path('/proc/self/clear_refs').write_text('5')  # the peak starts at what is resident now
+    ((first,),) = alternate({'': lambda: run(lq)}, 1, warmup=0).values()
+    gib = (_kib('VmHWM') - before) / 2**20
+    seconds = [first]
+    while sum(seconds) < ENOUGH and len(seconds) < 6:
+        seconds += alternate({'': lambda: run(lq)}, 1, warmup=0)['']
+    return {'seconds': min(seconds), 'gib': gib}
 
 
-def _apart(arguments: list, limit: float | None = None) -> dict | None:
+def apart(arguments: list, limit: float | None = None) -> dict | None:
     """measure(*arguments) in a process of its own; None where that fails or takes longer than `limit` seconds."""
     code = f'import json, peers; print(json.dumps(peers.measure(*json.loads({json.dumps(arguments)!r}))))'
     process = subprocess.Popen(
-        [sys.executable, '-c', code], env={**os.environ, 'TORCHINDUCTOR_COMPILE_THREADS': '1',
-        'PYTHONPATH': os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')])},
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, '-c', code],
+        env={
+            **os.environ,
+            'PYTHONPATH': os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')]),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
     try:
         out, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the compiler that it started, too
+        os.killpg(process.pid, signal.SIGKILL)  # the compilers that it started, too
         process.communicate()
         return None
     return json.loads(out.splitlines()[-1]) if process.returncode == 0 else None
 
 
-def _set5(run) -> float:
-    pairs = list(image_pairs(SET5, SCALE))
+def _quality(name: str, folder: Path) -> float:
+    """Mean PSNR on Y of a folder of HR images."""
+    run, _ = runner(name)
+    pairs = list(image_pairs(folder, SCALE))
     return sum(psnr(as_image(run(lq)[0]), gt, SCALE) for _, lq, gt in pairs) / len(pairs)
 
 
-def summary(rows: list[dict]) -> str:
-    """What to take for which purpose, by rule from the measured rows (name, seconds, gib) and the papers' PSNR.
+def sorting_note(height: int = 48, width: int = 64) -> str:
+    """How far the published class is from ours on the same weights, with its own sort and with a stable one."""
+    (net, _), ours = network(ATD), load_model(WEIGHTS, pure_pass=False).double()
+    lq, sort, differences = photograph('coffee', height, width).double(), torch.sort, []
+    net = net.double()
+    with torch.no_grad(), use_backend('reference'):
+        expected = ours(lq)
+        for keep in (False, True):
+            try:
+                if keep:
+                    torch.sort = lambda x, dim=-1, **_: sort(x, dim=dim, stable=True)
+                differences.append((net(lq) - expected).abs().max().item())
+            finally:
+                torch.sort = sort
+    return (
+        f'{ATD}, takes the weights of ours and sorts its tokens by category with an unstable sort, ours with a stable '
+        f'one. Which equal ones meet in a group then differs: by up to {differences[0]:.4f} of the full range in '
+        f'float64; with a stable sort in its place by {differences[1]:.0e}.'
+    )
 
-    The floor is left out, and our networks count with the PSNR that the paper of ATD gives for what they compute.
+
+def summary(rows: list[dict]) -> str:
+    """What to take for which purpose, by rule from measured rows: name, seconds, gib, and psnr or None.
+
+    The floor is left out, and who is named for quality is so as trained by the authors.
     """
-    nets = [row for row in rows if row['name'] != FLOOR]
-    fastest, least = min(nets, key=lambda r: r['seconds']), min(nets, key=lambda r: r['gib'])
+    nets = sorted((row for row in rows if row['name'] != FLOOR), key=lambda r: r['seconds'])
+    named = {row['name']: f'{row["name"]} ({row["seconds"]:.2f} s, {row["gib"]:.2f} GiB)' for row in nets}
     lines = [
-        f'- The fastest: {fastest["name"]} ({fastest["seconds"]:.2f} s).',
-        f'- The least memory: {least["name"]} ({least["gib"]:.2f} GiB).',
+        f'- Speed above all: {named[nets[0]["name"]]}.',
+        f'- The least memory: {named[min(nets, key=lambda r: r["gib"])["name"]]}.',
     ]
-    known = [row for row in nets if published(row['name'])]
-    if known:
-        best = max(published(row['name']) for row in known)
-        good = min((r for r in known if published(r['name']) >= best - NEAR), key=lambda r: r['seconds'])
-        lines.append(
-            f'- Quality: the fastest within {NEAR} dB of the best PSNR that a paper gives here ({best:.2f} dB): '
-            f'{good["name"]} ({good["seconds"]:.2f} s), as trained there; for weights at hand see the PSNR on Set5.'
-        )
-        quicker = [row for row in known if row['seconds'] < good['seconds']]
-        lines += [
-            f'- Quality for less time: {row["name"]}, {best - published(row["name"]):.2f} dB below it in '
-            f'{row["seconds"] / good["seconds"]:.2f} of the time.'
-            for row in quicker
-        ]
-    unknown = [row['name'] for row in nets if not published(row['name'])]
+    front, beaten = [], []
+    for row in nets:
+        known = published(row['name'])
+        if known:
+            (front if not front or known[1] > published(front[-1]['name'])[1] else beaten).append(row)
+    if front:
+        steps = '; '.join(f'{published(row["name"])[1]:.2f} dB: {named[row["name"]]}' for row in front)
+        lines.append(f'- Quality, by the published PSNR on Urban100, the fastest for each: {steps}.')
+    if beaten:
+        names = ', '.join(named[row['name']] for row in beaten)
+        lines.append(f'- Not for speed or quality, since one of these is at least as good and faster: {names}.')
+    unknown = [named[row['name']] for row in nets if not published(row['name'])]
     if unknown:
-        lines.append(f'- No published PSNR at hand, so no word about quality: {", ".join(unknown)}.')
+        lines.append(f'- No published PSNR at hand, so no word here about quality: {", ".join(unknown)}.')
     ours = [row for row in nets if row['name'].split(', ')[0] in OURS]
-    others = sorted((row for row in nets if row not in ours), key=lambda r: r['seconds'])
-    if ours and others:
-        mine = min(ours, key=lambda r: r['seconds'])
-        times = ', '.join(f'{mine["seconds"] / r["seconds"]:.2f} of the time of {r["name"]}' for r in others)
-        lines.append(f'- {mine["name"]}, the fastest of ours, takes {times}.')
+    if ours:
+        shipped = f', {ours[0]["psnr"]:.2f} dB on Set5' if ours[0]['psnr'] is not None else ''
+        lines.append(
+            f'- With the weights of this package, nothing else to download: {named[ours[0]["name"]]}{shipped}.'
+        )
+        others = [row for row in nets if row not in ours]
+        times = ', '.join(f'{ours[0]["seconds"] / row["seconds"]:.2f} of the time of {row["name"]}' for row in others)
+        lines += [f'- {ours[0]["name"]} takes {times}.'] if others else []
     return '\n'.join(lines)
 
 
-def published(name: str) -> float | None:
-    """The paper's PSNR on Urban100 ×4; of ATD-light for both of ours, of which one skips what is pure."""
-    return PUBLISHED.get(PEERS[0] if name.split(', ')[0] in OURS else name)
+def report(height: int, width: int, runs: int, limit: float, names: list[str] | None = None) -> str:
+    """The table and what it says.
 
+    Args:
+        limit: seconds after which torch.compile is given up.
+        names: of the peers (default: all).
 
-def report(height: int, width: int, runs: int, limit: float, names: tuple[str, ...] = PEERS) -> str:
-    """The table and what it says."""
+    Raises:
+        UserError: spandrel is not installed.
+    """
+    peers = list(PEERS) if names is None else names
     backends = [name for name in ('native', 'torch') if dispatch.available(name) is None]
-    ours = [f'{arch}, {backend}' for arch in OURS for backend in backends]
-    lq, found, failed = photograph('coffee', height, width), {}, []
-    _build('SPAN')  # a missing spandrel is said before anything is measured
-    for name in (*ours, *names, FLOOR):
-        variants = {'as it is': _apart([name, 'as it is', height, width])}
-        if variants['as it is'] is None:
+    for name in peers:
+        network(name)  # a missing package is said before anything is measured
+    rows, failed, slow, lq = [], [], [], photograph('coffee', height, width)
+    for name in (*(f'{arch}, {backend}' for arch in OURS for backend in backends), *peers):
+        start, ways = time.perf_counter(), {AS_IS: apart([name, AS_IS, height, width])}
+        if ways[AS_IS] is None:
             failed.append(name)
             continue
-        if name in names:
-            variants['channels_last'] = _apart([name, 'channels_last', height, width])
-            variants['torch.compile'] = _apart([name, 'torch.compile', height, width], limit)
-        worked = {variant: result for variant, result in variants.items() if result}
-        best = min(worked, key=lambda v: worked[v]['seconds'])
-        gib = worked['as it is' if best == 'torch.compile' else best]['gib']
-        found[name] = {'name': name, 'variant': best, 'gib': gib, 'seconds': worked[best]['seconds']}
-    slow = [name for name, row in found.items() if row['seconds'] > SLOW]
-    runners = {name: _runner(name, row['variant']) for name, row in found.items()}
-    cases = {name: lambda name=name: runners[name](lq) for name in found}
-    seconds = alternate({name: cases[name] for name in found if name not in slow}, runs)
-    seconds |= alternate({name: cases[name] for name in slow}, 1, warmup=0)
-    rows = []
-    for name, row in found.items():
+        if name in PEERS and name != FLOOR:
+            ways[CHANNELS_LAST] = apart([name, CHANNELS_LAST, height, width])
+            last = ways[CHANNELS_LAST] and ways[CHANNELS_LAST]['seconds'] < ways[AS_IS]['seconds']
+            compiled = f'{CHANNELS_LAST}, {COMPILED}' if last else COMPILED
+            ways[compiled] = apart([name, compiled, height, width], limit)
+            slow += [name] if ways[compiled] is None else []
+        ways = {way: result for way, result in ways.items() if result}
+        way = min(ways, key=lambda w: ways[w]['seconds'])
+        rows.append({'name': name, 'way': way, 'gib': ways[way]['gib'], 'psnr': None})
+        tried = ', '.join(f'{way} {result["seconds"]:.2f} s' for way, result in ways.items())
+        print(f'  {name}: {tried} ({time.perf_counter() - start:.0f} s)', file=sys.stderr, flush=True)
+
+    runners = {row['name']: runner(row['name'], row['way']) for row in rows}
+    seconds = alternate({name: lambda run=run: run(lq) for name, (run, _) in runners.items()}, runs)
+    set5 = Path(os.environ.get('PPSR_DATA', 'datasets')) / 'Set5' / 'HR'
+    lines = []
+    for row in rows:
+        name, known = row['name'], published(row['name'])
         row['seconds'] = median(seconds[name])
-        weights = name in (*ours, FLOOR, PEERS[0]) and SET5.is_dir()
-        quality = f'{_set5(_runner(name, "as it is")):.2f} dB' if weights else '–'
-        rows.append([name, row['variant'], f'{row["seconds"]:.2f} s', f'{row["gib"]:.2f} GiB', quality])
-        rows[-1].append(f'{PUBLISHED[name]:.2f} dB' if name in PUBLISHED else '–')
-    lines = [f'## Beside other networks, {width}×{height} → ×4', '']
-    lines += [table(['', 'variant', 'seconds', 'peak', 'PSNR, Set5', 'published, Urban100'], rows), '']
-    lines += ['What to take for which purpose:', '', summary(list(found.values()))]
-    if slow:
-        lines += ['', f'Run once, for they take more than {SLOW:.0f} s: {", ".join(slow)}.']
-    if failed:
-        lines += ['', f'Did not run: {", ".join(failed)}.']
-    return '\n'.join([*lines, ''])
+        if set5.is_dir() and (name not in PEERS or name in (ATD, FLOOR)):
+            row['psnr'] = _quality(name, set5)
+        cells = [
+            name,
+            row['way'],
+            f'{runners[name][1] / 1000:.0f}K',
+            f'{row["seconds"]:.3f} s',
+            f'{row["gib"]:.2f} GiB',
+        ]
+        cells.append('not at hand' if row['psnr'] is None else f'{row["psnr"]:.2f} dB')
+        lines.append([*cells, *(f'{x:.2f} dB' for x in known)] if known else [*cells, '–', '–'])
+    header = ['', 'fastest as', 'parameters', 'median', 'peak', 'PSNR, Set5', 'published, Set5', 'published, Urban100']
+    text = [f'## Beside other networks, {width}×{height} → ×4', '', table(header, lines), '']
+    text += ['What to take for which purpose:', '', summary(rows), '']
+    if ATD in peers:
+        text += [sorting_note(), '']
+    text += [f'Not at hand: {name} ({why}).' for name, why in NOT_AT_HAND.items()]
+    text += [f'torch.compile failed or took more than {limit:.0f} s: {", ".join(slow)}.'] if slow else []
+    text += [f'Did not run: {", ".join(failed)}.'] if failed else []
+    return '\n'.join([*text, ''])
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--size', type=int, nargs=2, default=[180, 320], metavar=('H', 'W'))
     parser.add_argument('--runs', type=int, default=3)
-    parser.add_argument('--compile-seconds', type=float, default=25, help='what takes longer is not compiled')
-    parser.add_argument('--quick', action='store_true', help='48×64, one run, SPAN and SAFMN only')
+    parser.add_argument('--compile-seconds', type=float, default=300, help='what takes longer is not compiled')
+    parser.add_argument('--only', nargs='+', choices=list(PEERS), help='beside ours (default: all)')
     args = parser.parse_args()
     print(machine(), '\n')
     try:
-        if args.quick:
-            print(report(48, 64, 1, args.compile_seconds, ('SPAN', 'SAFMN')))
-        else:
-            print(report(*args.size, args.runs, args.compile_seconds))
+        print(report(*args.size, args.runs, args.compile_seconds, args.only))
     except UserError as e:
         sys.exit(str(e))
