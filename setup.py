@@ -8,6 +8,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
 here = Path(__file__).parent
 about = {}
@@ -21,6 +22,9 @@ KERNELS = ['attention_kernels', 'layer_kernels', 'training_kernels']
 TARGETS = {'baseline': []}
 if X86_64:
     TARGETS |= {'avx2': ['-mavx2', '-mfma'], 'avx512': ['-mavx512f', '-mfma']}
+# kernels of a forward pass, compiled to multiply bfloat16 as well: with instructions for it, emulated for tests
+FORWARD = ['attention_kernels', 'layer_kernels']
+AVX512_BF16 = ['-mavx512f', '-mfma', '-mavx512bw', '-mavx512bf16']
 
 
 def paths(names, suffix='.c'):
@@ -35,14 +39,25 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext):
         flags = ['-O3', '-g0', '-std=gnu11', '-fPIC', '-Wno-psabi']
-        objects = self.compiler.compile(paths(LOOPS), self.build_temp, extra_postargs=flags)
-        for target, options in TARGETS.items():
-            objects += self.compiler.compile(
-                paths(KERNELS),
-                os.path.join(self.build_temp, target),
-                macros=[('TARGET', target)],
-                extra_postargs=flags + options,
+
+        def compile(files, folder, options=(), **macros):
+            folder = os.path.join(self.build_temp, folder)
+            return self.compiler.compile(
+                paths(files), folder, macros=list(macros.items()), extra_postargs=[*flags, *options]
             )
+
+        objects, have = compile(FORWARD, 'emulated_bf16', TARGET='emulated_bf16', BFLOAT16='1'), {}
+        for target, options in TARGETS.items():
+            objects += compile(KERNELS, target, options, TARGET=target)
+        if X86_64:
+            try:
+                objects += compile(FORWARD, 'avx512_bf16', AVX512_BF16, TARGET='avx512_bf16', BFLOAT16='1')
+                have['HAVE_AVX512_BF16'] = '1'
+            except CompileError:
+                self.warn(
+                    'the C compiler does not know AVX512-BF16 (gcc 10, clang 9): bf16 will be computed in float32'
+                )
+        objects += compile(LOOPS, 'loops', **have)
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), libraries=['m'])
 
     def run(self):

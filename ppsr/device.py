@@ -7,8 +7,17 @@ from collections.abc import Iterator
 import torch
 
 from ppsr.errors import UserError
+from ppsr.ops import native
 
-__all__ = ['DTYPES', 'no_default_device', 'resolve_device', 'resolve_dtype', 'torch_as_it_comes', 'torch_defaults']
+__all__ = [
+    'DTYPES',
+    'in_precision',
+    'no_default_device',
+    'resolve_device',
+    'resolve_dtype',
+    'torch_as_it_comes',
+    'torch_defaults',
+]
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -41,6 +50,17 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if dtype == torch.bfloat16 and device.type == 'cuda' and not torch.cuda.is_bf16_supported():
         raise UserError('This GPU has no bf16; use fp32 or fp16.')
     return dtype
+
+
+def in_precision(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager:
+    """Context in which a network runs forward in a precision, its weights, input and result in float32.
+
+    On a GPU that is autocast. On a CPU bfloat16 are the products of ppsr's own kernels (:func:`ppsr.ops.native.bf16`):
+    autocast would run what torch has instead, several times as slow as the kernels in float32.
+    """
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return native.bf16() if device.type == 'cpu' else torch.autocast(device.type, dtype)
 
 
 def no_default_device() -> contextlib.AbstractContextManager:

@@ -11,6 +11,7 @@ name          what it is                                              runs on
 ``triton``     Triton kernels                                         CUDA, float32/float16/bfloat16
 ============  ======================================================  ===================
 
+On a CPU that multiplies bfloat16, ``native`` does so where that is asked for (:func:`ppsr.ops.native.bf16`).
 ``native`` also takes over what stands between the attentions (:mod:`ppsr.ops.eligibility`), with gradients and without.
 
 Unless told otherwise the fastest one that can run the given tensors is taken. ``PPSR_BACKEND=name`` (environment) or
@@ -30,7 +31,7 @@ import torch
 from ppsr.errors import UserError
 from ppsr.ops import native
 
-__all__ = ['BACKENDS', 'available', 'choose', 'has_data', 'select', 'use_backend']
+__all__ = ['BACKENDS', 'available', 'choose', 'has_data', 'no_bf16', 'select', 'use_backend']
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,17 @@ def choose(x: torch.Tensor) -> str:
             raise UserError(f'backend {name!r} was asked for but cannot run here: {refusal}.')
         return name
     return next(name for name in BACKENDS if BACKENDS[name].automatic(x.device) and _refusal(name, x) is None)
+
+
+def no_bf16() -> str | None:
+    """Why nothing is gained on this CPU by asking for bfloat16, or None: :func:`ppsr.ops.native.bf16` is faster."""
+    if (name := requested()) not in (None, 'native'):
+        return f'the backend {name!r} was asked for, and only native has kernels for it'
+    if (reason := available('native')) is not None:
+        return reason
+    if native.bf16_target() != 'avx512_bf16':
+        return 'it takes a processor with AVX512-BF16 and kernels that were built for it'
+    return None
 
 
 def select(op: str, x: torch.Tensor) -> ModuleType:

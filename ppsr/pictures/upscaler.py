@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ppsr.archs.masked import as_masked, mask_module
 from ppsr.calibration import Choice, Wish, load_as_wished
-from ppsr.device import DTYPES, resolve_device, resolve_dtype, torch_as_it_comes
+from ppsr.device import DTYPES, in_precision, resolve_device, resolve_dtype, torch_as_it_comes
 from ppsr.errors import UserError
 from ppsr.images import (
     MODES,
@@ -41,6 +41,7 @@ from ppsr.images import (
     to_pil,
     write_picture,
 )
+from ppsr.ops.dispatch import no_bf16
 from ppsr.pictures import memory
 from ppsr.pictures.bands import resize_bands, split_alpha, to_numpy, with_alpha, working_bytes
 from ppsr.pictures.tile_choice import TileChoice
@@ -108,7 +109,8 @@ class Upscaler:
             It is put on the device and into eval mode, and holds no state of a call: one Upscaler serves any number of
             threads.
         device: 'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.
-        dtype: 'fp32', or 'bf16' / 'fp16' under autocast (fp16 on GPUs only).
+        dtype: 'fp32'; 'bf16' or 'fp16' under autocast on a GPU; 'bf16' on a CPU with AVX512-BF16, in the kernels of
+            ppsr alone (:func:`ppsr.ops.native.bf16`). Another CPU computes 'bf16' in fp32 and says so.
         outscale: factor of the result, 0.01 to 100; None = the network's. Another factor than the network's is
             reached by Lanczos resizing of the network's result.
         tile: side of the tiles in input pixels; 0 = never cut; None = cut only if memory demands it.
@@ -145,6 +147,9 @@ class Upscaler:
     ):
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
+        if self.dtype == torch.bfloat16 and self.device.type == 'cpu' and (reason := no_bf16()) is not None:
+            say(f'bf16 is not faster here, so this is computed in fp32: {reason}.')
+            self.dtype = torch.float32
         self.net = net.to(self.device).eval()
         self.scale = int(net.upscale)
         self.outscale = _number('outscale', self.scale if outscale is None else outscale, *OUTSCALES)
@@ -455,7 +460,7 @@ class Upscaler:
         """One network call in the precision chosen; a result that is not finite is never handed on."""
         half = self.dtype != torch.float32
         with torch.inference_mode(), torch_as_it_comes():
-            with torch.autocast(self.device.type, self.dtype, enabled=half):
+            with in_precision(self.dtype, self.device):
                 sr, mask = run_network(net, lq, totals)
             if not torch.isfinite(sr).all() and half:
                 self.say(f'{self.dtype} overflowed: computing this part in fp32.')

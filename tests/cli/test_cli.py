@@ -41,6 +41,8 @@ def test_doctor_finds_this_installation_well(capsys):
         assert word in text, word
     if native.unavailable_reason() is None:
         assert f'instruction set {native.target()}, of {", ".join(native.targets())} on this processor' in text
+        assert ('bf16: avx512_bf16' in text) == (native.bf16_target() == 'avx512_bf16')
+        assert 'bf16: ' in text
     assert text.endswith('All well.\n')
 
 

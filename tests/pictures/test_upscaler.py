@@ -1,5 +1,6 @@
 """The Upscaler: kinds of input, factors, precision, threads."""
 
+import contextlib
 import dataclasses
 import doctest
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from ppsr import tiling
 from ppsr.archs import ATDLight, PPATDLight
 from ppsr.errors import UserError
 from ppsr.images import write_file
+from ppsr.ops import native, use_backend
+from ppsr.ops.dispatch import no_bf16
 from ppsr.pictures import memory, upscaler
 from ppsr.pictures.upscaler import Upscaler, resize_bands
 
@@ -177,21 +180,45 @@ def test_a_result_that_is_not_finite_is_refused():
         Upscaler(Broken(), device='cpu')(noise(4, 4, 3))
 
 
-def test_overflow_in_half_precision_falls_back_to_fp32():
+def test_overflow_in_half_precision_falls_back_to_fp32(monkeypatch):
     class Overflows(Repeat):
-        def forward(self, x):
-            return super().forward(x) / (0 if torch.is_autocast_enabled('cpu') else 1)
+        calls = 0
 
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) / (self.calls - 1)  # infinite at first
+
+    monkeypatch.setattr(upscaler, 'no_bf16', lambda: None)
+    monkeypatch.setattr(upscaler, 'in_precision', lambda dtype, device: contextlib.nullcontext())
     said, image = [], noise(4, 4, 3)
     up = Upscaler(Overflows(), device='cpu', dtype='bf16', say=said.append)
     np.testing.assert_array_equal(up(image), repeat(image))
     assert len(said) == 1 and 'fp32' in said[0]
 
 
-def test_bf16_is_close_to_fp32(tiny):
-    net, image = ATDLight(**tiny), noise(16, 16, 3)
-    exact = Upscaler(net, device='cpu')(image).astype(int)
-    assert np.abs(Upscaler(net, device='cpu', dtype='bf16')(image) - exact).max() <= 4
+def test_bf16_on_a_cpu_that_has_it(tiny):
+    if (reason := no_bf16()) is not None:
+        pytest.skip(f'no bf16 here: {reason}')
+    said, net, image = [], ATDLight(**tiny), noise(16, 16, 3)
+    exact, half = (Upscaler(net, device='cpu', dtype=d, say=said.append)(image / 255.0) for d in ('fp32', 'bf16'))
+    assert 0 < np.abs(exact - half).max() < 0.02
+    assert not said
+
+
+@pytest.mark.parametrize('missing', ['instructions', 'backend'])
+def test_bf16_on_another_cpu_is_fp32_in_a_sentence(tiny, missing):
+    said, net, image = [], ATDLight(**tiny), noise(16, 16, 3)
+    try:
+        if missing == 'instructions' and native.unavailable_reason() is None:
+            assert native.set_target('baseline')
+        with use_backend('torch' if missing == 'backend' else None):
+            half = Upscaler(net, device='cpu', dtype='bf16', say=said.append)(image)
+            exact = Upscaler(net, device='cpu')(image)
+    finally:
+        if native.unavailable_reason() is None:
+            native.set_target(None)
+    np.testing.assert_array_equal(exact, half)
+    assert len(said) == 1 and 'computed in fp32' in said[0] and said[0].count('.') == 1
 
 
 @pytest.mark.parametrize(

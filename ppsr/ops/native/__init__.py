@@ -10,16 +10,29 @@ version of both, and calls release the GIL. Where there was no C compiler the li
 backend runs instead.
 """
 
+import contextlib
 import ctypes
 import functools
 import itertools
 import sys
+from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 
-__all__ = ['call', 'library', 'ready', 'require', 'set_target', 'target', 'targets', 'unavailable_reason']
+__all__ = [
+    'bf16',
+    'bf16_target',
+    'call',
+    'library',
+    'ready',
+    'require',
+    'set_target',
+    'target',
+    'targets',
+    'unavailable_reason',
+]
 
 LIBRARY = Path(__file__).with_name('libppsr.so')
 
@@ -76,7 +89,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             getattr(lib, name).restype = c_int
     except (OSError, AttributeError) as error:
         return None, f'the compiled kernels cannot be loaded ({error}); reinstall ppsr'
-    lib.ppsr_target.restype = lib.ppsr_supported_target.restype = c_char_p
+    lib.ppsr_target.restype = lib.ppsr_supported_target.restype = lib.ppsr_bf16_target.restype = c_char_p
     lib.ppsr_supported_target.argtypes = [c_int64]
     lib.ppsr_set_target.argtypes = [c_char_p]
     lib.ppsr_exp2.argtypes = [c_void_p, c_void_p, c_int64]
@@ -117,6 +130,29 @@ def targets() -> list[str]:
 def set_target(name: str | None) -> bool:
     """Use another instruction set, process-wide (None: the best one). False, and no change, if there is no such."""
     return library().ppsr_set_target(name.encode() if name else None) == 0
+
+
+def bf16_target() -> str | None:
+    """The kernels that :func:`bf16` takes with the instruction set in use: 'avx512_bf16', or 'emulated_bf16' (slow,
+    the same roundings, beside 'baseline'), or None."""
+    name = library().ppsr_bf16_target()
+    return name and name.decode()
+
+
+@contextlib.contextmanager
+def bf16() -> Iterator[None]:
+    """Context in which forward passes of the calling thread round what they multiply to bfloat16, to nearest, ties to
+    even: in linear layers (weights, once a LayerNorm's are in them, and inputs, once normalised) and in window and
+    category attention (queries times the scale, keys, probabilities before they are divided by their sum, values).
+
+    Products are added up in float32; tensors, LayerNorm, softmax and everything else stay float32. Without
+    :func:`bf16_target` nothing is rounded.
+    """
+    before = library().ppsr_want_bf16(1)
+    try:
+        yield
+    finally:
+        library().ppsr_want_bf16(before)
 
 
 def require(condition: bool, what: str) -> None:

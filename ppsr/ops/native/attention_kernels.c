@@ -21,6 +21,32 @@ INLINE void pack(int64_t n, int64_t dim, const float *x, int64_t stride, const i
         for (int64_t i = 0; i < dim; i++) packed[j * dim + i] = x[token[j] * stride + i];
 }
 
+/* The same as the products take them. K is summed over the dims: (n, WORDS(dim)). V is summed over rows: (WORDS(n), dim),
+ * with room for a vector behind it. `room`: (n + 1, dim + 1), and for a vector. */
+INLINE void pack_keys(int64_t n, int64_t dim, const float *x, int64_t stride, const int32_t *token, float *room,
+                      float *packed) {
+    if (!BFLOAT16) {
+        pack(n, dim, x, stride, token, packed);
+        return;
+    }
+    const int64_t even = 2 * WORDS(dim);
+    for (int64_t j = 0; j < n; j++) {
+        for (int64_t i = 0; i < dim; i++) room[j * even + i] = x[token[j] * stride + i];
+        if (dim < even) room[j * even + dim] = 0;
+    }
+    words_of_line(n * even, room, packed);
+}
+
+INLINE void pack_values(int64_t n, int64_t dim, const float *x, int64_t stride, const int32_t *token, float *room,
+                        float *packed) {
+    pack(n, dim, x, stride, token, BFLOAT16 ? room : packed);
+    if (!BFLOAT16) return;
+    if (n % 2) memset(room + n * dim, 0, dim * sizeof(float));
+    for (int64_t j = 0; j < n; j += 2, room += 2 * dim, packed += dim)
+        for (int64_t i = 0; i < dim; i += VL) /* what is written behind the row is the next one's place */
+            store_anywhere(packed + i, words_of_rows(load_anywhere(room + i), load_anywhere(room + dim + i)));
+}
+
 /* Up to 16 rows of a head -> (dim, 16), times scale; lanes without a row hold zeros. */
 INLINE void load_lanes(int64_t n, int64_t dim, const float *x, int64_t stride, const int32_t *token, float scale,
                        float *lanes) {
@@ -60,11 +86,11 @@ INLINE void gather_bias(const struct attention *a, int64_t first, int64_t n, flo
 }
 
 INLINE void forward_of(const struct attention *a, const int64_t dim) {
-    const int64_t keys = a->keys;
-    float *k = a->scratch, *v = k + padded(keys * dim, LANES), *logits = v + padded(keys * dim, LANES);
+    const int64_t keys = a->keys, depth = WORDS(dim);
+    float *k = a->scratch, *v = k + padded(keys * dim, LANES), *logits = v + padded(keys * dim, LANES) + LANES;
     float *q = logits + keys * LANES, *out = q + dim * LANES;
-    pack(keys, dim, a->k, a->qkv_stride, a->token, k);
-    pack(keys, dim, a->v, a->qkv_stride, a->token, v);
+    pack_keys(keys, dim, a->k, a->qkv_stride, a->token, logits, k);
+    pack_values(keys, dim, a->v, a->qkv_stride, a->token, logits, v);
     for (int64_t first = 0; first < a->queries; first += LANES) {
         const int64_t n = a->queries - first < LANES ? a->queries - first : LANES;
         int32_t token[LANES];
@@ -75,13 +101,14 @@ INLINE void forward_of(const struct attention *a, const int64_t dim) {
         }
         if (!asking) continue;
         load_lanes(n, dim, a->q, a->qkv_stride, token, a->scale * (float)LOG2_E, q);
+        if (BFLOAT16) words_of_panel(dim, q);
         if (a->place) {
             gather_bias(a, first, n, logits);
-            product(keys, dim, q, k, dim, 1, logits, logits);
+            product_of(BFLOAT16, keys, depth, q, k, depth, 1, logits, logits);
         } else if (a->bias)
-            product(keys, dim, q, k, dim, 1, a->bias + a->bias_start[first / LANES], logits);
+            product_of(BFLOAT16, keys, depth, q, k, depth, 1, a->bias + a->bias_start[first / LANES], logits);
         else
-            product(keys, dim, q, k, dim, 1, NULL, logits);
+            product_of(BFLOAT16, keys, depth, q, k, depth, 1, NULL, logits);
 
         vf peak[NV], sum[NV];
         EACH(v, NV) peak[v] = splat(-INFINITY), sum[v] = splat(0);
@@ -89,7 +116,8 @@ INLINE void forward_of(const struct attention *a, const int64_t dim) {
         int64_t j = 0;
         for (; j + IN_STEP / NV <= keys; j += IN_STEP / NV) exponentials(IN_STEP, logits + j * LANES, peak, sum);
         for (; j < keys; j++) exponentials(NV, logits + j * LANES, peak, sum);
-        product(dim, keys, logits, v, 1, dim, NULL, out);
+        if (BFLOAT16) words_of_panel(keys, logits);
+        product_of(BFLOAT16, dim, WORDS(keys), logits, v, 1, dim, NULL, out);
 
         float lse[LANES] __attribute__((aligned(64)));
         EACH(v, NV) {

@@ -48,7 +48,8 @@ struct linear {
     int gelu;  /* whether there is one */
     int64_t parts;
     const struct part {
-        const float *weight, *bias; /* (panels, in, 16), (panels, 16): 16 outputs side by side, filled up with zeros */
+        /* (panels, in, 16), (panels, 16): 16 outputs side by side, filled up with zeros; weights went through lay_out */
+        const float *weight, *bias;
         int64_t width;              /* outputs */
         const float *add[2];        /* like out, or NULL */
         float *out;                 /* (tokens, stride) */
@@ -108,6 +109,8 @@ struct attention_kernels {
 
 /* On the tokens begin ... end - 1, or on a row of a map. */
 struct layer_kernels {
+    /* Weights (panels, in, 16) -> as `linear` and `stand_in` read them, in place. */
+    void (*lay_out)(int64_t panels, int64_t in, float *weight);
     /* scratch: linear_floats */
     void (*linear)(const struct linear *, int64_t begin, int64_t end, float *scratch);
     void (*depthwise)(const struct depthwise *, int64_t row);
@@ -125,8 +128,10 @@ static inline int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / 
 
 /* Room for the larger of the two directions. */
 static inline int64_t scratch_floats(int64_t keys, int64_t dim) {
-    int64_t packed = 2 * padded(keys * dim, LANES);               /* keys, values */
+    int64_t packed = 2 * padded(keys * dim, LANES) + LANES;       /* keys, values */
     int64_t forward = (keys + 2 * dim) * LANES;                   /* logits; queries, outputs */
+    int64_t room = (keys + 1) * (dim + 1) + LANES;                /* for the first two before they become words */
+    forward = forward > room ? forward : room;
     int64_t rows = padded(dim, LANES) * LANES;                    /* 16 rows of a head */
     int64_t grads = 2 * padded(dim, LANES) * keys;                /* of keys, values */
     int64_t backward = 2 * TILE * LANES + 3 * dim * LANES + 2 * rows + grads;

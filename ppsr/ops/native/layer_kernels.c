@@ -34,14 +34,37 @@ INLINE void normalise(int64_t n, int64_t in, float eps, const float *x, float *y
     }
 }
 
-/* `rows` <= BLOCK tokens, 16 outputs of which the first `lanes` exist, in column `column` of a part; the tokens follow
+/* n rows of x as the product takes them: words of them, at `to`, or they themselves. `to` may be x. */
+INLINE const float *operand(int64_t n, int64_t in, const float *x, float *to) {
+    if (!BFLOAT16) return x;
+    if (in % 2 == 0)
+        words_of_line(n * in, x, to);
+    else
+        for (int64_t i = 0; i < n; i++) {
+            const float last[2] = {x[i * in + in - 1], 0};
+            words_of_line(in - 1, x + i * in, to + i * WORDS(in));
+            words_of_line(2, last, to + i * WORDS(in) + in / 2);
+        }
+    return to;
+}
+
+/* (panels, in, 16) of weights as the product takes them, (panels, WORDS(in), 16), in place. */
+static void lay_out(int64_t panels, int64_t in, float *weight) {
+    if (!BFLOAT16) return;
+    for (int64_t p = 0; p < panels; p++) {
+        words_of_panel(in, weight + p * in * LANES);
+        memmove(weight + p * WORDS(in) * LANES, weight + p * in * LANES, WORDS(in) * LANES * sizeof(float));
+    }
+}
+
+/* `rows` <= BLOCK tokens of `depth` numbers or words, 16 outputs of which the first `lanes` exist, in column `column` of a part; the tokens follow
  * each other from number first on, or are the ones listed. */
-INLINE void linear_block(int rows, int64_t in, const float *x, const float *weight, const float *bias, int has_gelu,
+INLINE void linear_block(int rows, int64_t depth, const float *x, const float *weight, const float *bias, int has_gelu,
                          int64_t lanes, const struct part *part, int64_t column, int64_t first, const int64_t *token) {
     vf y[BLOCK][NV];
     EACH(i, rows)
         EACH(v, NV) y[i][v] = load(bias + v * VL);
-    accumulate(rows, in, weight, x, in, 1, y);
+    accumulate_of(BFLOAT16, rows, depth, weight, x, depth, 1, y);
     if (has_gelu) EACH(i, rows) EACH(v, NV) y[i][v] = gelu(y[i][v]);
     if (lanes == LANES) {
         for (int a = 0; a < 2 && part->add[a]; a++)
@@ -66,34 +89,34 @@ INLINE void linear_block(int rows, int64_t in, const float *x, const float *weig
     }
 }
 
-INLINE void linear_panel(int64_t n, int64_t in, const float *x, const struct part *part, int64_t panel, int has_gelu,
+INLINE void linear_panel(int64_t n, int64_t depth, const float *x, const struct part *part, int64_t panel, int has_gelu,
                          int64_t first, const int64_t *token) {
-    const float *weight = part->weight + panel * in * LANES, *bias = part->bias + panel * LANES;
+    const float *weight = part->weight + panel * depth * LANES, *bias = part->bias + panel * LANES;
     const int64_t left = part->width - panel * LANES, lanes = left < LANES ? left : LANES, column = panel * LANES;
     int64_t i = 0;
     for (; i + BLOCK <= n; i += BLOCK)
-        linear_block(BLOCK, in, x + i * in, weight, bias, has_gelu, lanes, part, column, first + i,
+        linear_block(BLOCK, depth, x + i * depth, weight, bias, has_gelu, lanes, part, column, first + i,
                      token ? token + i : NULL);
     /* the rest in powers of two, to keep several accumulators going */
 #pragma GCC unroll 4
     for (int step = 8; step; step /= 2)
         if (step < BLOCK && n - i >= step) {
-            linear_block(step, in, x + i * in, weight, bias, has_gelu, lanes, part, column, first + i,
+            linear_block(step, depth, x + i * depth, weight, bias, has_gelu, lanes, part, column, first + i,
                          token ? token + i : NULL);
             i += step;
         }
 }
 
-/* A chunk of tokens, n rows of x, through a part: those from number first on, or those listed. */
-INLINE void linear_part(int64_t n, int64_t in, const float *x, const struct part *part, int has_gelu, int64_t first,
-                        const int64_t *token) {
+/* A chunk of tokens, n rows of an operand, through a part: those from number first on, or those listed. */
+static NOT_INLINE void linear_part(int64_t n, int64_t depth, const float *x, const struct part *part, int has_gelu,
+                                   int64_t first, const int64_t *token) {
     for (int64_t panel = 0; panel * LANES < part->width; panel++)
         if (token)
-            linear_panel(n, in, x, part, panel, 0, 0, token);
+            linear_panel(n, depth, x, part, panel, 0, 0, token);
         else if (has_gelu)
-            linear_panel(n, in, x, part, panel, 1, first, NULL);
+            linear_panel(n, depth, x, part, panel, 1, first, NULL);
         else
-            linear_panel(n, in, x, part, panel, 0, first, NULL);
+            linear_panel(n, depth, x, part, panel, 0, first, NULL);
 }
 
 INLINE void prefetch(const float *x, int64_t floats) {
@@ -103,7 +126,7 @@ INLINE void prefetch(const float *x, int64_t floats) {
 /* Tokens of a part that wait until they are a chunk. */
 struct queue {
     int64_t waiting, token[CHUNK];
-    float *x; /* (CHUNK, in) */
+    float *x; /* (CHUNK, in), or words of that */
 };
 
 static int64_t count(int64_t n, const uint8_t *is) {
@@ -113,6 +136,7 @@ static int64_t count(int64_t n, const uint8_t *is) {
 }
 
 static void linear(const struct linear *l, int64_t begin, int64_t end, float *scratch) {
+    const int64_t depth = WORDS(l->in);
     struct queue queue[PARTS];
     for (int64_t p = 0; p < l->parts; p++) queue[p] = (struct queue){.x = scratch + (1 + p) * CHUNK * l->in};
     for (int64_t first = begin; first < end; first += CHUNK) {
@@ -133,19 +157,20 @@ static void linear(const struct linear *l, int64_t begin, int64_t end, float *sc
             normalise(n, l->in, l->eps, x, scratch);
             x = scratch;
         }
+        x = operand(n, l->in, x, scratch);
         for (int64_t p = 0; p < l->parts; p++) {
             const struct part *part = &l->part[p];
             struct queue *q = &queue[p];
             if (wanted[p] == n) {
-                linear_part(n, l->in, x, part, l->gelu, first, NULL);
+                linear_part(n, depth, x, part, l->gelu, first, NULL);
                 continue;
             }
             for (int64_t i = 0; i < n; i++) {
                 if (!part->only[first + i]) continue;
-                memcpy(q->x + q->waiting * l->in, x + i * l->in, l->in * sizeof(float));
+                memcpy(q->x + q->waiting * depth, x + i * depth, depth * sizeof(float));
                 q->token[q->waiting++] = first + i;
                 if (q->waiting < CHUNK) continue;
-                linear_part(CHUNK, l->in, q->x, part, 0, 0, q->token);
+                linear_part(CHUNK, depth, q->x, part, 0, 0, q->token);
                 q->waiting = 0;
             }
         }
@@ -154,7 +179,7 @@ static void linear(const struct linear *l, int64_t begin, int64_t end, float *sc
                 l->part->out[t * l->part->stride + l->part->width + i] = l->rows[l->row[t] * l->columns + i];
     }
     for (int64_t p = 0; p < l->parts; p++)
-        if (queue[p].waiting) linear_part(queue[p].waiting, l->in, queue[p].x, &l->part[p], 0, 0, queue[p].token);
+        if (queue[p].waiting) linear_part(queue[p].waiting, depth, queue[p].x, &l->part[p], 0, 0, queue[p].token);
 }
 
 /* --- what stands in for attention ----------------------------------------------------------------------------------- */
@@ -210,11 +235,11 @@ static void stand_in(const struct stand_in *s, int64_t begin, int64_t end, float
             }
             token[waiting++] = y * s->width + x;
             if (waiting < CHUNK) continue;
-            linear_part(CHUNK, in, rows, &part, 0, 0, token);
+            linear_part(CHUNK, WORDS(in), operand(CHUNK, in, rows, rows), &part, 0, 0, token);
             waiting = 0;
         }
     }
-    if (waiting) linear_part(waiting, in, rows, &part, 0, 0, token);
+    if (waiting) linear_part(waiting, WORDS(in), operand(waiting, in, rows, rows), &part, 0, 0, token);
 }
 
 /* --- depthwise convolution ---------------------------------------------------------------------------------------- */
@@ -419,4 +444,4 @@ static void refine(const struct dictionary *d, int64_t begin, int64_t end, float
     for (int64_t i = 0; i < entries * LANES; i++) weights[i / LANES] += total[i];
 }
 
-const struct layer_kernels FOR_TARGET(ppsr_layer_kernels_) = {linear, depthwise, stand_in, attend, moments, refine};
+const struct layer_kernels FOR_TARGET(ppsr_layer_kernels_) = {lay_out,   linear, depthwise, stand_in, attend, moments, refine};

@@ -29,7 +29,7 @@ static void linear_task(void *context, int64_t task, int more, void *scratch) {
 }
 
 /* weight (width, in), bias (width) -> panels of 16 outputs, (in + 1) rows of 16 each with the bias behind all weights;
- * the LayerNorm's own weights go into both. Returns where the biases begin. */
+ * the LayerNorm's own weights go into both. Weights are laid out for the kernels. Returns where the biases begin. */
 static float *pack(const float *weight, const float *bias, const float *norm_weight, const float *norm_bias, int64_t in,
                    int64_t width, float *packed) {
     const int64_t panels = padded(width, LANES) / LANES;
@@ -44,6 +44,7 @@ static float *pack(const float *weight, const float *bias, const float *norm_wei
         }
         biases[o] = (float)sum;
     }
+    ppsr_layer_kernels()->lay_out(panels, in, packed);
     return biases;
 }
 

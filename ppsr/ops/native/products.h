@@ -11,45 +11,54 @@
 #define JOIN(a, b) JOIN_(a, b)
 #define FOR_TARGET(name) JOIN(name, TARGET) /* setup.py compiles the kernels once for each TARGET */
 
-/* sum(i) += sum_k A(k) * b(i, k) for `rows` <= BLOCK rows, which stay in registers. */
-INLINE void accumulate(int rows, int64_t depth, const float *a, const float *b, int64_t row_step, int64_t depth_step,
-                       vf sum[BLOCK][NV]) {
+/* sum(i) += sum_k A(k) * b(i, k) for `rows` <= BLOCK rows, which stay in registers; `words`: the operands are words,
+ * and so many are summed. */
+INLINE void accumulate_of(int words, int rows, int64_t depth, const float *a, const float *b, int64_t row_step,
+                          int64_t depth_step, vf sum[BLOCK][NV]) {
     for (int64_t k = 0; k < depth; k++) {
         vf x[NV];
         EACH(v, NV) x[v] = load(a + k * LANES + v * VL);
         EACH(i, rows) {
-            float y = b[i * row_step + k * depth_step];
-            EACH(v, NV) sum[i][v] += x[v] * y;
+            const float *y = b + i * row_step + k * depth_step;
+            if (words)
+                EACH(v, NV) sum[i][v] = add_words(sum[i][v], x[v], splat_word(y));
+            else
+                EACH(v, NV) sum[i][v] += x[v] * *y;
         }
     }
 }
 
 /* C(i) = start(i) + sum_k A(k) * b(i, k) for `rows` <= BLOCK rows; start is NULL for zeros. */
-INLINE void product_block(int rows, int64_t depth, const float *a, const float *b, int64_t row_step, int64_t depth_step,
+INLINE void product_block(int words, int rows, int64_t depth, const float *a, const float *b, int64_t row_step, int64_t depth_step,
                           const float *start, float *c) {
     vf sum[BLOCK][NV];
     EACH(i, rows)
         EACH(v, NV) sum[i][v] = start ? load(start + i * LANES + v * VL) : splat(0);
-    accumulate(rows, depth, a, b, row_step, depth_step, sum);
+    accumulate_of(words, rows, depth, a, b, row_step, depth_step, sum);
     EACH(i, rows)
         EACH(v, NV) store(c + i * LANES + v * VL, sum[i][v]);
 }
 
 /* The same for any number of rows. */
-INLINE void product(int64_t rows, int64_t depth, const float *a, const float *b, int64_t row_step, int64_t depth_step,
-                    const float *start, float *c) {
+INLINE void product_of(int words, int64_t rows, int64_t depth, const float *a, const float *b, int64_t row_step,
+                       int64_t depth_step, const float *start, float *c) {
     int64_t i = 0;
     for (; i + BLOCK <= rows; i += BLOCK)
-        product_block(BLOCK, depth, a, b + i * row_step, row_step, depth_step, start ? start + i * LANES : NULL,
+        product_block(words, BLOCK, depth, a, b + i * row_step, row_step, depth_step, start ? start + i * LANES : NULL,
                       c + i * LANES);
     /* the rest in powers of two, to keep several accumulators going */
 #pragma GCC unroll 4
     for (int step = 8; step; step /= 2)
         if (step < BLOCK && rows - i >= step) {
-            product_block(step, depth, a, b + i * row_step, row_step, depth_step, start ? start + i * LANES : NULL,
+            product_block(words, step, depth, a, b + i * row_step, row_step, depth_step, start ? start + i * LANES : NULL,
                           c + i * LANES);
             i += step;
         }
+}
+
+INLINE void product(int64_t rows, int64_t depth, const float *a, const float *b, int64_t row_step, int64_t depth_step,
+                    const float *start, float *c) {
+    product_of(0, rows, depth, a, b, row_step, depth_step, start, c);
 }
 
 /* `count` vectors of logits -> exponentials relative to the peaks, which are added to the sums. */

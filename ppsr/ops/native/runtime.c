@@ -28,28 +28,43 @@ extern const struct attention_kernels ppsr_attention_kernels_baseline, ppsr_atte
 extern const struct layer_kernels ppsr_layer_kernels_baseline, ppsr_layer_kernels_avx2, ppsr_layer_kernels_avx512;
 extern const struct training_kernels ppsr_training_kernels_baseline, ppsr_training_kernels_avx2, ppsr_training_kernels_avx512;
 
-static const struct {
+extern const struct attention_kernels ppsr_attention_kernels_emulated_bf16, ppsr_attention_kernels_avx512_bf16;
+extern const struct layer_kernels ppsr_layer_kernels_emulated_bf16, ppsr_layer_kernels_avx512_bf16;
+
+static const struct target {
     const char *name;
     const struct attention_kernels *attention;
     const struct layer_kernels *layers;
     const struct training_kernels *training;
+    const char *bf16; /* kernels that multiply bfloat16, or NULL */
+    const struct attention_kernels *bf16_attention;
+    const struct layer_kernels *bf16_layers;
 } targets[] = {
 #if defined(__x86_64__)
-    {"avx512", &ppsr_attention_kernels_avx512, &ppsr_layer_kernels_avx512, &ppsr_training_kernels_avx512},
+    {"avx512", &ppsr_attention_kernels_avx512, &ppsr_layer_kernels_avx512, &ppsr_training_kernels_avx512,
+#if defined(HAVE_AVX512_BF16)
+     "avx512_bf16", &ppsr_attention_kernels_avx512_bf16, &ppsr_layer_kernels_avx512_bf16
+#endif
+    },
     {"avx2", &ppsr_attention_kernels_avx2, &ppsr_layer_kernels_avx2, &ppsr_training_kernels_avx2},
 #endif
-    {"baseline", &ppsr_attention_kernels_baseline, &ppsr_layer_kernels_baseline, &ppsr_training_kernels_baseline},
+    {"baseline", &ppsr_attention_kernels_baseline, &ppsr_layer_kernels_baseline, &ppsr_training_kernels_baseline,
+     "emulated_bf16", &ppsr_attention_kernels_emulated_bf16, &ppsr_layer_kernels_emulated_bf16},
 };
 enum { TARGETS = sizeof(targets) / sizeof(targets[0]) };
-static int current = TARGETS - 1; /* index into targets */
+static int current = TARGETS - 1;      /* index into targets */
+static _Thread_local int bf16_wanted; /* by this thread; those that help it are told */
 
 static int supported(const char *name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (!strcmp(name, "avx512")) return __builtin_cpu_supports("avx512f");
+#if defined(HAVE_AVX512_BF16)
+    if (!strcmp(name, "avx512_bf16")) return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
+#endif
     if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-    return !strcmp(name, "baseline");
+    return !strcmp(name, "baseline") || !strcmp(name, "emulated_bf16");
 }
 
 /* Takes the named instruction set, or the best one for NULL. Returns 0, or -1 if this processor lacks it. */
@@ -71,9 +86,28 @@ const char *ppsr_supported_target(int64_t i) {
     return NULL;
 }
 
-const struct attention_kernels *ppsr_attention_kernels(void) { return targets[current].attention; }
+/* Kernels beside those of the current instruction set that multiply bfloat16, or NULL. */
+const char *ppsr_bf16_target(void) {
+    const char *name = targets[current].bf16;
+    return name && supported(name) ? name : NULL;
+}
 
-const struct layer_kernels *ppsr_layer_kernels(void) { return targets[current].layers; }
+/* Whether forward passes that this thread starts multiply bfloat16, where there are kernels for that. Returns what was. */
+int ppsr_want_bf16(int wanted) {
+    const int before = bf16_wanted;
+    bf16_wanted = wanted;
+    return before;
+}
+
+static int use_bf16(void) { return bf16_wanted && ppsr_bf16_target(); }
+
+const struct attention_kernels *ppsr_attention_kernels(void) {
+    return use_bf16() ? targets[current].bf16_attention : targets[current].attention;
+}
+
+const struct layer_kernels *ppsr_layer_kernels(void) {
+    return use_bf16() ? targets[current].bf16_layers : targets[current].layers;
+}
 
 const struct training_kernels *ppsr_training_kernels(void) { return targets[current].training; }
 
@@ -125,6 +159,7 @@ struct loop {
     void (*body)(void *context, int64_t task, int more, void *scratch);
     void *context;
     int64_t tasks, run, scratch_bytes; /* tasks are taken `run` at a time */
+    int bf16;
     atomic_llong next;
     atomic_int failed;
 };
@@ -137,6 +172,7 @@ void ppsr_set_team(void *gomp_parallel) { run_team = (team_function)gomp_paralle
 static void work(void *data) {
     struct loop *loop = data;
     const uint64_t mode = flush_denormals();
+    const int before = ppsr_want_bf16(loop->bf16);
     void *scratch = ppsr_take(loop->scratch_bytes);
     if (scratch)
         for (int64_t task; (task = atomic_fetch_add(&loop->next, loop->run)) < loop->tasks;) {
@@ -146,12 +182,14 @@ static void work(void *data) {
     else
         loop->failed = 1;
     free(scratch);
+    ppsr_want_bf16(before);
     restore_denormals(mode);
 }
 
 int ppsr_for_each(int64_t tasks, int64_t threads, int64_t scratch_bytes, void *context,
                   void (*body)(void *, int64_t, int, void *)) {
-    struct loop loop = {.body = body, .context = context, .tasks = tasks, .scratch_bytes = scratch_bytes};
+    struct loop loop = {.body = body, .context = context, .tasks = tasks, .scratch_bytes = scratch_bytes,
+                        .bf16 = bf16_wanted};
     threads = larger(smaller(threads, tasks), 1);
     loop.run = larger(smaller(tasks / threads / 8, 8), 1); /* long enough to look ahead, short enough to share out */
     if (threads > 1 && run_team)

@@ -19,6 +19,7 @@ void ppsr_expect(float *out, int64_t floats);
 /* Kernels for the best instruction set of this processor, or for the one that was asked for. */
 const struct attention_kernels *ppsr_attention_kernels(void);
 const struct layer_kernels *ppsr_layer_kernels(void);
+int ppsr_want_bf16(int wanted);
 
 /* Runs body for every task, on up to `threads` threads, each with `scratch_bytes` of its own, aligned to 64 bytes.
  * `more` says that the same thread has task + 1 next. Returns 0, or -1 if there was not enough memory. */

@@ -39,6 +39,7 @@ typedef int32_t vi __attribute__((vector_size(VL * 4), may_alias));
 #define IN_STEP 4 /* vectors whose exponentials are worked on in step */
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOT_INLINE __attribute__((noinline)) /* what is long and called from several places: the build would take minutes */
 /* A loop that is unrolled whole, so that arrays indexed by i become registers. */
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
 
@@ -103,6 +104,83 @@ INLINE void transpose(vf *row) {
         row[i + 8] = SHUFFLE(a, b, HIGH_EIGHTS);
     }
 #endif
+}
+
+/* --- bfloat16: only in kernels that are compiled with BFLOAT16 ----------------------------------------------------- */
+
+#ifndef BFLOAT16
+#define BFLOAT16 0 /* whether linear layers and attentions multiply what is rounded to bfloat16 */
+#endif
+
+/* A word is two neighbours along the depth of a product, rounded to bfloat16 (to nearest, ties to even), the first in
+ * the low half, in the bits of a float. An odd depth is filled up with a zero. */
+#define WORDS(depth) (BFLOAT16 ? ((depth) + 1) / 2 : (depth))
+
+typedef int32_t word __attribute__((may_alias));
+
+INLINE vf splat_word(const float *p) { return (vf)((vi){0} + *(const word *)p); } /* no arithmetic of floats on it */
+
+#if BFLOAT16 && defined(__AVX512BF16__)
+
+/* Word l of (low[l], high[l]). */
+INLINE vf words_of_rows(vf low, vf high) {
+    const vi by_pair = (vi){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 0x10001 + 0x100000;
+    return (vf)_mm512_permutexvar_epi16((__m512i)by_pair, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+
+/* Words of 2 VL floats that follow each other. */
+INLINE vf words_of_neighbours(vf first, vf then) { return (vf)_mm512_cvtne2ps_pbh((__m512)then, (__m512)first); }
+
+/* sum + x y over both halves of the words. */
+INLINE vf add_words(vf sum, vf x, vf y) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y); }
+
+#elif BFLOAT16 /* the same without the instructions, VL = 4, for tests */
+
+INLINE vi rounded(vf x) {
+    const vi bits = (vi)x, nan = (vi)(x != x);
+    return (nan & (bits | 0x400000)) | (~nan & (bits + 0x7fff + ((bits >> 16) & 1)));
+}
+
+INLINE vf words_of_rows(vf low, vf high) {
+    return (vf)(((rounded(low) >> 16) & 0xffff) | (rounded(high) & ~0xffff));
+}
+
+INLINE vf words_of_neighbours(vf first, vf then) {
+    return words_of_rows(SHUFFLE(first, then, 0, 2, 4, 6), SHUFFLE(first, then, 1, 3, 5, 7));
+}
+
+INLINE vf add_words(vf sum, vf x, vf y) {
+    sum += (vf)((vi)x << 16) * (vf)((vi)y << 16);
+    return sum + (vf)((vi)x & ~0xffff) * (vf)((vi)y & ~0xffff);
+}
+
+#else
+
+INLINE vf words_of_rows(vf low, vf high) { return low + high; } /* never called */
+INLINE vf words_of_neighbours(vf first, vf then) { return first + then; }
+INLINE vf add_words(vf sum, vf x, vf y) { return sum + x * y; }
+
+#endif
+
+/* n floats, n even -> n / 2 words; y may be x. */
+INLINE void words_of_line(int64_t n, const float *x, float *y) {
+    int64_t i = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL)
+        store_anywhere(y + i / 2, words_of_neighbours(load_anywhere(x + i), load_anywhere(x + i + VL)));
+    if (i == n) return;
+    float rest[2 * VL] = {0};
+    for (int64_t j = i; j < n; j++) rest[j - i] = x[j];
+    const vf words = words_of_neighbours(load_anywhere(rest), load_anywhere(rest + VL));
+    for (int64_t j = i; j < n; j += 2) y[j / 2] = words[(j - i) / 2];
+}
+
+/* (depth, 16) -> words (WORDS(depth), 16), in place. */
+INLINE void words_of_panel(int64_t depth, float *x) {
+    for (int64_t k = 0; k < depth; k += 2)
+        EACH(v, NV) {
+            const float *low = x + k * LANES + v * VL;
+            store(x + k / 2 * LANES + v * VL, words_of_rows(load(low), k + 1 < depth ? load(low + LANES) : splat(0)));
+        }
 }
 
 /* The larger of each pair; where x is NaN the result is NaN or x. */
