@@ -51,14 +51,14 @@ class Peer:
     """How a network of others is made, and what it is known for.
 
     Attributes:
-        build: makes it with random weights; of which class, says `spandrel`.
+        build: makes it with random weights.
         published: PSNR on Set5 and on Urban100 ×4, trained on DIV2K; None: in no source that could be read.
-        spandrel: whether the network that runs is the one that spandrel builds from these weights.
+        multiple: of what the sizes must be; None: what runs is spandrel's network from these weights, and it says so.
     """
 
     build: Callable[[], nn.Module]
     published: tuple[float, float] | None = None
-    spandrel: bool = True
+    multiple: int | None = None
 
 
 def _of_spandrel(architecture: str, **options) -> Callable[[], nn.Module]:
@@ -81,7 +81,7 @@ def _swinir() -> nn.Module:
 # authors' repository.
 PEERS = {
     ATD: Peer(lambda: load_model(WEIGHTS, pure_pass=False), (32.63, 26.97)),
-    'SwinIR-light': Peer(_swinir, (32.44, 26.47), spandrel=False),
+    'SwinIR-light': Peer(_swinir, (32.44, 26.47), multiple=8),
     'SPAN': Peer(_of_spandrel('SPAN', num_in_ch=3, num_out_ch=3, feature_channels=48, upscale=SCALE)),
     'OmniSR': Peer(
         _of_spandrel('OmniSR', num_feat=64, res_num=5, block_num=1, window_size=8, up_scale=SCALE), (32.49, 26.64)
@@ -99,7 +99,7 @@ PEERS = {
             squeeze_factor=24, overlap_ratio=0.5, mlp_ratio=2, upscale=SCALE,
         )
     ),
-    FLOOR: Peer(_Bicubic, spandrel=False),
+    FLOOR: Peer(_Bicubic, multiple=1),
 }  # fmt: skip
 
 
@@ -127,14 +127,16 @@ def network(name: str) -> tuple[nn.Module, Callable[[int, int], tuple[int, int]]
         UserError: spandrel is not installed.
     """
     torch.manual_seed(0)
-    peer, padding = PEERS[name], lambda width, height: (0, 0)
+    peer = PEERS[name]
     try:
         net = peer.build()
-        if peer.spandrel:
-            from spandrel import ModelLoader
+        from spandrel import ModelLoader, SizeRequirements
 
+        if peer.multiple is None:
             descriptor = ModelLoader(device='cpu').load_from_state_dict(net.state_dict())
             net, padding = descriptor.model, descriptor.size_requirements.get_padding
+        else:
+            padding = SizeRequirements(multiple_of=peer.multiple).get_padding
     except ImportError as e:
         raise UserError(f"The peers are spandrel's classes ({e}): pip install spandrel.") from e
     _merge(net)
@@ -201,17 +203,20 @@ def apart(arguments: list, limit: float | None = None) -> dict | None:
             'PYTHONPATH': os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')]),
         },
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     try:
-        out, _ = process.communicate(timeout=limit)
+        out, errors = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # the compilers that it started, too
         process.communicate()
         return None
-    return json.loads(out.splitlines()[-1]) if process.returncode == 0 else None
+    if process.returncode:
+        print(f'  {arguments}: {errors.strip().splitlines()[-1]}', file=sys.stderr)
+        return None
+    return json.loads(out.splitlines()[-1])
 
 
 def _quality(name: str, folder: Path) -> float:
@@ -264,18 +269,18 @@ def summary(rows: list[dict]) -> str:
     if beaten:
         names = ', '.join(named[row['name']] for row in beaten)
         lines.append(f'- Not for speed or quality, since one of these is at least as good and faster: {names}.')
-    unknown = [named[row['name']] for row in nets if not published(row['name'])]
+    ours = [row for row in nets if row['name'].split(', ')[0] in OURS]
+    unknown = [named[row['name']] for row in nets if not published(row['name']) and row not in ours]
     if unknown:
         lines.append(f'- No published PSNR at hand, so no word here about quality: {", ".join(unknown)}.')
-    ours = [row for row in nets if row['name'].split(', ')[0] in OURS]
     if ours:
         shipped = f', {ours[0]["psnr"]:.2f} dB on Set5' if ours[0]['psnr'] is not None else ''
         lines.append(
             f'- With the weights of this package, nothing else to download: {named[ours[0]["name"]]}{shipped}.'
         )
         others = [row for row in nets if row not in ours]
-        times = ', '.join(f'{ours[0]["seconds"] / row["seconds"]:.2f} of the time of {row["name"]}' for row in others)
-        lines += [f'- {ours[0]["name"]} takes {times}.'] if others else []
+        times = ', '.join(f'{ours[0]["seconds"] / row["seconds"]:.2f} times that of {row["name"]}' for row in others)
+        lines += [f'- The time of {ours[0]["name"]} is {times}.'] if others else []
     return '\n'.join(lines)
 
 
