@@ -17,8 +17,7 @@
 
 /* Copies rows of a head side by side. */
 INLINE void pack(int64_t n, int64_t dim, const float *x, int64_t stride, const int32_t *token, float *packed) {
-    for (int64_t j = 0; j < n; j++)
-        for (int64_t i = 0; i < dim; i++) packed[j * dim + i] = x[token[j] * stride + i];
+    for (int64_t j = 0; j < n; j++) memcpy(packed + j * dim, x + token[j] * stride, dim * sizeof(float));
 }
 
 /* The same as the products take them. K is summed over the dims: (n, WORDS(dim)). V is summed over rows: (WORDS(n), dim),
@@ -31,7 +30,7 @@ INLINE void pack_keys(int64_t n, int64_t dim, const float *x, int64_t stride, co
     }
     const int64_t even = 2 * WORDS(dim);
     for (int64_t j = 0; j < n; j++) {
-        for (int64_t i = 0; i < dim; i++) room[j * even + i] = x[token[j] * stride + i];
+        memcpy(room + j * even, x + token[j] * stride, dim * sizeof(float));
         if (dim < even) room[j * even + dim] = 0;
     }
     words_of_line(n * even, room, packed);
@@ -53,6 +52,45 @@ INLINE void load_lanes(int64_t n, int64_t dim, const float *x, int64_t stride, c
     if (n < LANES) memset(lanes, 0, dim * LANES * sizeof(float));
     for (int64_t l = 0; l < n; l++)
         for (int64_t i = 0; i < dim; i++) lanes[i * LANES + l] = x[token[l] * stride + i] * scale;
+}
+
+/* The same of queries, behind which keys and values lie: there is something to read past the end of a head. */
+INLINE void load_queries(int64_t n, int64_t dim, const float *x, int64_t stride, const int32_t *token, float scale,
+                         float *lanes) {
+    if (2 * dim < VL) {
+        load_lanes(n, dim, x, stride, token, scale, lanes);
+        return;
+    }
+    for (int64_t c = 0; c < dim; c += VL)
+        EACH(v, NV) {
+            vf row[VL];
+            EACH(i, VL) {
+                row[i] = splat(0);
+                if (v * VL + i < n) row[i] = load_anywhere(x + token[v * VL + i] * stride + c) * scale;
+            }
+            transpose(row);
+            EACH(i, VL) if (c + i < dim) store(lanes + (c + i) * LANES + v * VL, row[i]);
+        }
+}
+
+/* (dim, 16), times a factor for each lane -> up to 16 rows of a head. */
+INLINE void store_lanes(int64_t n, int64_t dim, const float *lanes, const vf *factor, float *x, int64_t stride,
+                        const int32_t *token) {
+    float rows[VL * VL] __attribute__((aligned(64)));
+    for (int64_t c = 0; c < dim; c += VL) {
+        const int64_t width = dim - c < VL ? dim - c : VL;
+        EACH(v, NV) {
+            vf row[VL];
+            EACH(i, VL) {
+                row[i] = splat(0);
+                if (i < width) row[i] = load(lanes + (c + i) * LANES + v * VL) * factor[v];
+            }
+            transpose(row);
+            EACH(i, VL) store(rows + i * VL, row[i]);
+            for (int64_t l = v * VL; l < n && l < (v + 1) * VL; l++)
+                memcpy(x + token[l] * stride + c, rows + l % VL * VL, width * sizeof(float));
+        }
+    }
 }
 
 /* Up to 16 rows of a head -> (dim / 16, 16 rows, 16 channels), filled up with zeros. */
@@ -100,8 +138,8 @@ INLINE void forward_of(const struct attention *a, const int64_t dim) {
             asking += !a->pure || !a->pure[token[l]];
         }
         if (!asking) continue;
-        load_lanes(n, dim, a->q, a->qkv_stride, token, a->scale * (float)LOG2_E, q);
-        if (BFLOAT16) words_of_panel(dim, q);
+        load_queries(n, dim, a->q, a->qkv_stride, token, a->scale * (float)LOG2_E, q);
+        if (BFLOAT16) words_of_panel(dim, q, q);
         if (a->place) {
             gather_bias(a, first, n, logits);
             product_of(BFLOAT16, keys, depth, q, k, depth, 1, logits, logits);
@@ -110,13 +148,22 @@ INLINE void forward_of(const struct attention *a, const int64_t dim) {
         else
             product_of(BFLOAT16, keys, depth, q, k, depth, 1, NULL, logits);
 
-        vf peak[NV], sum[NV];
-        EACH(v, NV) peak[v] = splat(-INFINITY), sum[v] = splat(0);
-        for (int64_t j = 0; j < keys; j++) EACH(v, NV) peak[v] = vmax(load(logits + j * LANES + v * VL), peak[v]);
+        vf peak[IN_STEP], sum[NV]; /* several peaks of a lane, so that one need not wait for the other */
+        EACH(i, IN_STEP) peak[i] = splat(-INFINITY);
+        EACH(v, NV) sum[v] = splat(0);
         int64_t j = 0;
+        for (; j + IN_STEP / NV <= keys; j += IN_STEP / NV)
+            EACH(i, IN_STEP) peak[i] = vmax(load(logits + j * LANES + i * VL), peak[i]);
+        for (; j < keys; j++) EACH(v, NV) peak[v] = vmax(load(logits + j * LANES + v * VL), peak[v]);
+        EACH(i, IN_STEP - NV) peak[i % NV] = vmax(peak[i + NV], peak[i % NV]);
+        j = 0;
+        if (BFLOAT16 && NV == 1)
+            for (; j + IN_STEP <= keys; j += IN_STEP)
+                exponentials_to(1, IN_STEP, logits + j * LANES, peak, sum, logits + j / 2 * LANES);
+        const int64_t rest = j;
         for (; j + IN_STEP / NV <= keys; j += IN_STEP / NV) exponentials(IN_STEP, logits + j * LANES, peak, sum);
         for (; j < keys; j++) exponentials(NV, logits + j * LANES, peak, sum);
-        if (BFLOAT16) words_of_panel(keys, logits);
+        if (BFLOAT16) words_of_panel(keys - rest, logits + rest * LANES, logits + rest / 2 * LANES);
         product_of(BFLOAT16, dim, WORDS(keys), logits, v, 1, dim, NULL, out);
 
         float lse[LANES] __attribute__((aligned(64)));
@@ -124,13 +171,8 @@ INLINE void forward_of(const struct attention *a, const int64_t dim) {
             store(lse + v * VL, (peak[v] + log2v(sum[v])) * (float)(1 / LOG2_E));
             sum[v] = 1.0f / sum[v];
         }
-        for (int64_t i = 0; i < dim * LANES; i += LANES)
-            EACH(v, NV) store(out + i + v * VL, load(out + i + v * VL) * sum[v]);
-        for (int64_t l = 0; l < n; l++) {
-            float *row = a->out + token[l] * a->out_stride;
-            for (int64_t i = 0; i < dim; i++) row[i] = out[i * LANES + l];
-            a->lse[token[l]] = lse[l];
-        }
+        store_lanes(n, dim, out, sum, a->out, a->out_stride, token);
+        for (int64_t l = 0; l < n; l++) a->lse[token[l]] = lse[l];
     }
 }
 

@@ -51,10 +51,8 @@ INLINE const float *operand(int64_t n, int64_t in, const float *x, float *to) {
 /* (panels, in, 16) of weights as the product takes them, (panels, WORDS(in), 16), in place. */
 static void lay_out(int64_t panels, int64_t in, float *weight) {
     if (!BFLOAT16) return;
-    for (int64_t p = 0; p < panels; p++) {
-        words_of_panel(in, weight + p * in * LANES);
-        memmove(weight + p * WORDS(in) * LANES, weight + p * in * LANES, WORDS(in) * LANES * sizeof(float));
-    }
+    for (int64_t p = 0; p < panels; p++)
+        words_of_panel(in, weight + p * in * LANES, weight + p * WORDS(in) * LANES);
 }
 
 /* `rows` <= BLOCK tokens of `depth` numbers or words, 16 outputs of which the first `lanes` exist, in column `column` of a part; the tokens follow

@@ -61,14 +61,22 @@ INLINE void product(int64_t rows, int64_t depth, const float *a, const float *b,
     product_of(0, rows, depth, a, b, row_step, depth_step, start, c);
 }
 
-/* `count` vectors of logits -> exponentials relative to the peaks, which are added to the sums. */
-INLINE void exponentials(int count, float *logits, const vf *peak, vf *sum) {
+/* `count` vectors of logits -> exponentials relative to the peaks, which are added to the sums. They go to `to`, which
+ * may be `logits`; where a vector is a row (NV = 1), if asked for as words. */
+INLINE void exponentials_to(int words, int count, const float *logits, const vf *peak, vf *sum, float *to) {
     vf x[IN_STEP];
     EACH(i, count) x[i] = load(logits + i * VL) - peak[i % NV];
     exp2_in_step(count, x);
-    EACH(i, count) store(logits + i * VL, x[i]);
+    if (words)
+        EACH(i, count / 2) store(to + i * VL, words_of_rows(x[2 * i], x[2 * i + 1]));
+    else
+        EACH(i, count) store(to + i * VL, x[i]);
     EACH(i, count - NV) x[i + NV] += x[i]; /* pairs first: a shorter chain through the sums */
     EACH(v, NV) sum[v] += x[count - NV + v];
+}
+
+INLINE void exponentials(int count, float *logits, const vf *peak, vf *sum) {
+    exponentials_to(0, count, logits, peak, sum, logits);
 }
 
 #endif

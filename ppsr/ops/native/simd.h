@@ -174,12 +174,12 @@ INLINE void words_of_line(int64_t n, const float *x, float *y) {
     for (int64_t j = i; j < n; j += 2) y[j / 2] = words[(j - i) / 2];
 }
 
-/* (depth, 16) -> words (WORDS(depth), 16), in place. */
-INLINE void words_of_panel(int64_t depth, float *x) {
+/* (depth, 16) -> words (WORDS(depth), 16), which may begin where x does or before. */
+INLINE void words_of_panel(int64_t depth, const float *x, float *y) {
     for (int64_t k = 0; k < depth; k += 2)
         EACH(v, NV) {
             const float *low = x + k * LANES + v * VL;
-            store(x + k / 2 * LANES + v * VL, words_of_rows(load(low), k + 1 < depth ? load(low + LANES) : splat(0)));
+            store(y + k / 2 * LANES + v * VL, words_of_rows(load(low), k + 1 < depth ? load(low + LANES) : splat(0)));
         }
 }
 
