@@ -131,20 +131,17 @@ INLINE void forward_of(const struct attention *a, const int64_t dim) {
     pack_values(keys, dim, a->v, a->qkv_stride, a->token, logits, v);
     for (int64_t first = 0; first < a->queries; first += LANES) {
         const int64_t n = a->queries - first < LANES ? a->queries - first : LANES;
+        const int32_t *place = a->place ? a->place + first : NULL;
         int32_t token[LANES];
-        int64_t asking = 0;
-        for (int64_t l = 0; l < n; l++) {
-            token[l] = a->token[a->place ? a->place[first + l] : first + l];
-            asking += !a->pure || !a->pure[token[l]];
-        }
-        if (!asking) continue;
+        for (int64_t l = 0; l < n; l++) token[l] = a->token[place ? place[l] : first + l];
         load_queries(n, dim, a->q, a->qkv_stride, token, a->scale * (float)LOG2_E, q);
         if (BFLOAT16) words_of_panel(dim, q, q);
-        if (a->place) {
+        const int64_t block = place ? place[0] / LANES : first / LANES; /* that they are, if they are neighbours */
+        if (place && (place[0] % LANES || place[n - 1] - place[0] != n - 1)) {
             gather_bias(a, first, n, logits);
             product_of(BFLOAT16, keys, depth, q, k, depth, 1, logits, logits);
         } else if (a->bias)
-            product_of(BFLOAT16, keys, depth, q, k, depth, 1, a->bias + a->bias_start[first / LANES], logits);
+            product_of(BFLOAT16, keys, depth, q, k, depth, 1, a->bias + a->bias_start[block], logits);
         else
             product_of(BFLOAT16, keys, depth, q, k, depth, 1, NULL, logits);
 

@@ -19,21 +19,26 @@ struct desk ppsr_set_up(const struct maps *m, void *scratch, int more) {
                          (float *)(list + 4 * room), more};
 }
 
-static void prefetch_rows(const float *x, int64_t floats, const int32_t *token, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++)
-        for (int64_t f = 0; f < floats; f += 16) __builtin_prefetch(x + token[i] * floats + f, 0, 2);
+static void prefetch_floats(const float *x, int64_t floats) {
+    for (int64_t f = 0; f < floats; f += 16) __builtin_prefetch(x + f, 0, 2);
 }
 
 /* Part h of all heads of what the next group will read and write: rows that lie anywhere in the map. */
 static void prefetch(const struct maps *m, const struct group *next, int64_t h) {
     const int64_t c = m->channels, start = next->image * m->tokens;
-    const int64_t begin = next->keys * h / m->heads, end = next->keys * (h + 1) / m->heads;
-    prefetch_rows(m->qkv + start * 3 * c, 3 * c, next->token, begin, end);
-    prefetch_rows(m->out + start * c, c, next->token, begin, end);
-    prefetch_rows(m->lse + (next->image * m->heads + h) * m->tokens, 1, next->token, 0, next->queries);
-    if (!m->grad_out) return;
-    prefetch_rows(m->grad_out + start * c, c, next->token, begin, end);
-    prefetch_rows(m->grad_qkv + start * 3 * c, 3 * c, next->token, begin, end);
+    if (!next->queries) return;
+    for (int64_t i = next->keys * h / m->heads; i < next->keys * (h + 1) / m->heads; i++) {
+        const int64_t t = start + next->token[i];
+        const int asks = m->grad_out || !m->pure || !m->pure[t];
+        prefetch_floats(m->qkv + 3 * t * c + (asks ? 0 : c), (asks ? 3 : 2) * c);
+        if (asks) prefetch_floats(m->out + t * c, c);
+        if (!m->grad_out) continue;
+        prefetch_floats(m->grad_out + t * c, c);
+        prefetch_floats(m->grad_qkv + 3 * t * c, 3 * c);
+    }
+    for (int64_t i = 0; i < next->queries; i++)
+        __builtin_prefetch(m->lse + (next->image * m->heads + h) * m->tokens +
+                           next->token[next->height ? next->place[i] : i], 0, 2);
 }
 
 void ppsr_attend(const struct maps *m, const struct desk *desk, const struct extras *extras) {
@@ -55,7 +60,7 @@ void ppsr_attend(const struct maps *m, const struct desk *desk, const struct ext
             a.width = group->width;
             a.size = extras->size;
         }
-        if (m->pure) a.pure = m->pure + group->image * m->tokens;
+        if (m->grad_out && m->pure) a.pure = m->pure + group->image * m->tokens;
         if (!m->grad_out) {
             ppsr_attention_kernels()->forward(&a);
             continue;

@@ -7,8 +7,8 @@
 /* The members of a group: `keys` tokens of an image, the first `queries` of them also queries. */
 struct group {
     int64_t image, queries, keys, asking; /* asking: of windows */
-    int32_t *token, *place; /* place: which members ask, where these are put side by side */
-    int64_t height, width;  /* of a rectangle whose queries are put side by side, else 0 */
+    int32_t *token, *place; /* place: which members are the queries, where not all ask */
+    int64_t height, width;  /* of a rectangle where not all ask, else 0 */
 };
 
 /* What a thread works with. */

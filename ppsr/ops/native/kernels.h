@@ -18,13 +18,12 @@ struct attention {
     float scale;           /* of the logits */
     const float *bias;     /* in units of log 2, or NULL; key j of query block b has 16 floats at bias + bias_start[b] + 16 j */
     const int64_t *bias_start;
-    /* where not all members ask (forward alone): query i is member place[i] of a rectangle of height x width tokens, and
-     * its bias for the keys of a row lies side by side, see windows.c; or NULL */
+    /* where not all members ask (forward alone): query i is member place[i] of a rectangle of height x width tokens; its
+     * bias for the keys of a row lies side by side, see windows.c; or NULL */
     const int32_t *place;
     const float *offsets;
     int64_t height, width, size;
-    const uint8_t *pure; /* whether token t asks nothing, though it is among the queries; or NULL. The forward may write
-                          * its row; the backward writes zeros */
+    const uint8_t *pure; /* whether token t asks nothing (backward alone): its row gets zeros; or NULL */
     float *out; /* row of token t at out + t * out_stride; the backward reads it */
     int64_t out_stride;
     float *lse; /* log-sum-exp of the logits, at lse[t] */

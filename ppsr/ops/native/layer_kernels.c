@@ -17,20 +17,19 @@ INLINE void normalise(int64_t n, int64_t in, float eps, const float *x, float *y
     const int64_t whole = in / VL * VL;
     for (; n > 0; n--, x += in, y += in) {
         vf total = splat(0), squares = splat(0);
-        float mean = 0, variance = 0;
+        float rest = 0;
         for (int64_t i = 0; i < whole; i += VL) total += load_anywhere(x + i);
-        for (int v = 0; v < VL; v++) mean += total[v];
-        for (int64_t i = whole; i < in; i++) mean += x[i];
-        mean /= (float)in;
+        for (int64_t i = whole; i < in; i++) rest += x[i];
+        const vf mean = (total_of(total) + rest) / (float)in;
+        rest = 0;
         for (int64_t i = 0; i < whole; i += VL) {
             const vf d = load_anywhere(x + i) - mean;
             squares += d * d;
         }
-        for (int v = 0; v < VL; v++) variance += squares[v];
-        for (int64_t i = whole; i < in; i++) variance += (x[i] - mean) * (x[i] - mean);
-        const float factor = 1 / sqrtf(variance / (float)in + eps);
+        for (int64_t i = whole; i < in; i++) rest += (x[i] - mean[0]) * (x[i] - mean[0]);
+        const float factor = 1 / sqrtf((total_of(squares)[0] + rest) / (float)in + eps);
         for (int64_t i = 0; i < whole; i += VL) store_anywhere(y + i, (load_anywhere(x + i) - mean) * factor);
-        for (int64_t i = whole; i < in; i++) y[i] = (x[i] - mean) * factor;
+        for (int64_t i = whole; i < in; i++) y[i] = (x[i] - mean[0]) * factor;
     }
 }
 
@@ -121,6 +120,12 @@ INLINE void prefetch(const float *x, int64_t floats) {
     for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(x + i, 0, 2);
 }
 
+/* What will be read and written for a token of a part. */
+INLINE void prefetch_token(const struct part *part, int64_t token) {
+    for (int a = 0; a < 2 && part->add[a]; a++) prefetch(part->add[a] + token * part->stride, part->width);
+    prefetch(part->out + token * part->stride, part->width);
+}
+
 /* Tokens of a part that wait until they are a chunk. */
 struct queue {
     int64_t waiting, token[CHUNK];
@@ -148,7 +153,7 @@ static void linear(const struct linear *l, int64_t begin, int64_t end, float *sc
         if (!most) continue;
         /* memory that is read in steps of a row, which the processor does not foresee */
         prefetch(l->x + next * l->in, soon * l->in);
-        for (int a = 0; a < 2 && l->part->add[a]; a++)
+        for (int a = 0; a < 2 && l->part->add[a] && wanted[0] == n; a++)
             prefetch(l->part->add[a] + next * l->part->stride, soon * l->part->stride);
         const float *x = l->x + first * l->in;
         if (l->eps >= 0) {
@@ -167,6 +172,7 @@ static void linear(const struct linear *l, int64_t begin, int64_t end, float *sc
                 if (!part->only[first + i]) continue;
                 memcpy(q->x + q->waiting * depth, x + i * depth, depth * sizeof(float));
                 q->token[q->waiting++] = first + i;
+                prefetch_token(part, first + i);
                 if (q->waiting < CHUNK) continue;
                 linear_part(CHUNK, depth, q->x, part, 0, 0, q->token);
                 q->waiting = 0;
@@ -184,16 +190,19 @@ static void linear(const struct linear *l, int64_t begin, int64_t end, float *sc
 
 enum { REACH = 2, SIDE = 2 * REACH + 1 }; /* of the mean around a token */
 
-INLINE void add_row(int64_t n, const float *x, float *sum) {
+/* factor * the sum of some rows, n floats each. */
+INLINE void sum_rows(int64_t n, int64_t rows, const float *const *row, float factor, float *sum) {
     int64_t i = 0;
-    for (; i + VL <= n; i += VL) store_anywhere(sum + i, load_anywhere(sum + i) + load_anywhere(x + i));
-    for (; i < n; i++) sum[i] += x[i];
-}
-
-INLINE void scale_row(int64_t n, float factor, float *x) {
-    int64_t i = 0;
-    for (; i + VL <= n; i += VL) store_anywhere(x + i, load_anywhere(x + i) * factor);
-    for (; i < n; i++) x[i] *= factor;
+    for (; i + VL <= n; i += VL) {
+        vf total = load_anywhere(row[0] + i);
+        for (int64_t r = 1; r < rows; r++) total += load_anywhere(row[r] + i);
+        store_anywhere(sum + i, total * factor);
+    }
+    for (; i < n; i++) {
+        float total = row[0][i];
+        for (int64_t r = 1; r < rows; r++) total += row[r][i];
+        sum[i] = total * factor;
+    }
 }
 
 INLINE int64_t within(int64_t i, int64_t n) { return i < 0 ? 0 : i < n ? i : n - 1; }
@@ -220,17 +229,18 @@ static void stand_in(const struct stand_in *s, int64_t begin, int64_t end, float
             }
             if (s->around) {
                 const int64_t left = within(x - REACH, s->width), right = within(x + REACH, s->width);
+                const float *near[SIDE];
                 summed = summed > left ? summed : left;
                 if (summed <= right) {
-                    const int64_t n = (right + 1 - summed) * c, at = summed * c;
-                    memcpy(sum + at, normal + top % SIDE * row + at, n * sizeof(float));
-                    for (int64_t r = top + 1; r <= bottom; r++) add_row(n, normal + r % SIDE * row + at, sum + at);
+                    const int64_t at = summed * c;
+                    for (int64_t r = top; r <= bottom; r++) near[r - top] = normal + r % SIDE * row + at;
+                    sum_rows((right + 1 - summed) * c, bottom + 1 - top, near, 1, sum + at);
                     summed = right + 1;
                 }
-                memcpy(to, sum + left * c, c * sizeof(float));
-                for (int64_t i = left + 1; i <= right; i++) add_row(c, sum + i * c, to);
-                scale_row(c, 1 / (float)((bottom + 1 - top) * (right + 1 - left)), to);
+                for (int64_t i = left; i <= right; i++) near[i - left] = sum + i * c;
+                sum_rows(c, right + 1 - left, near, 1 / (float)((bottom + 1 - top) * (right + 1 - left)), to);
             }
+            prefetch_token(&part, y * s->width + x);
             token[waiting++] = y * s->width + x;
             if (waiting < CHUNK) continue;
             linear_part(CHUNK, WORDS(in), operand(CHUNK, in, rows, rows), &part, 0, 0, token);

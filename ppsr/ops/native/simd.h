@@ -106,6 +106,23 @@ INLINE void transpose(vf *row) {
 #endif
 }
 
+/* The sum of all elements, in each element. */
+INLINE vf total_of(vf x) {
+#if VL == 16
+    x += SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x += SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return x + SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif VL == 8
+    x += SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+    x += SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+    return x + SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+    x += SHUFFLE(x, x, 2, 3, 0, 1);
+    return x + SHUFFLE(x, x, 1, 0, 3, 2);
+#endif
+}
+
 /* --- bfloat16: only in kernels that are compiled with BFLOAT16 ----------------------------------------------------- */
 
 #ifndef BFLOAT16
