@@ -208,10 +208,12 @@ def test_pure_tokens_ask_nothing_float64(backend, case, share):
 
 
 @pytest.mark.skipif('native' not in BACKENDS, reason='the kernels were not built')
-@pytest.mark.parametrize('share', [0.1, 0.6, 0.95])
+@pytest.mark.parametrize('share', [0.1, 0.6, 0.95, 'by row'])
 @pytest.mark.parametrize('case', WINDOW_CASES, ids=window_id)
 def test_pure_tokens_ask_nothing_in_the_kernels(target, case, share):
     qkv, table = window_inputs(case)
+    if share == 'by row':  # blocks of queries that all ask, that nearly all ask, some, none: each is treated otherwise
+        share = torch.tensor([0, 0.1, 0.7, 0.3, 1]).repeat(qkv.shape[1])[: qkv.shape[1], None]
     pure = mask(qkv, share)
     want = run_window('reference', case, qkv.double(), table.double(), pure)
     assert_close(run_window('native', case, qkv, table, pure), want, 2e-5)
