@@ -18,8 +18,8 @@ from ppsr.paper.purity import Share
 
 __all__ = ['COLOURS', 'STYLE', 'heat_map', 'quality_against_cost', 'save', 'saving_against_share', 'share_by_data_set']
 
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
-MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888')
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', 'h')
 STYLE = {
     'font.size': 9,
     'axes.spines.top': False,

@@ -1,10 +1,11 @@
 """Masks and scopes beside each other: what each exempts, loses and saves, in multiply-adds and in seconds, on the same
 weights. The controls exempt as many pixels of each image as the paper's mask, but others."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, stdev
-from time import perf_counter
+from time import process_time
 
 import torch
 from tqdm import tqdm
@@ -23,7 +24,7 @@ from ppsr.weights import read_checkpoint, resolve
 
 __all__ = ['DENSE', 'MASKS', 'SETS', 'files_with_stand_in', 'measure_scopes', 'scope_table']
 
-MEANING = 1  # of a record; raise it when a record comes to mean something else
+MEANING = 2  # of a record; raise it when a record comes to mean something else
 SETS = ('Set5', 'Set14', 'BSD100')
 MOST = 25  # images of a data set, evenly: all masks, both scopes, in minutes on two cores
 DENSE = 'dense'
@@ -71,8 +72,8 @@ def measure_scopes(
     """Every mask in both scopes, and dense, on at most `MOST` images of each data set; from the cache what it has.
 
     Returns:
-        Records with 'psnr' (dB), 'macs', 'exempt' (share of the padded tokens) and 'seconds' (of one run, the settings
-        of an image one after another).
+        Records with 'psnr' (dB), 'macs', 'exempt' (share of the padded tokens) and 'seconds' (of the processor, for one
+        run on one thread, the settings of an image one after another).
     """
     total = len(weights) * sum(min(MOST, len(sources)) for sources in data_sets.values())
     found: Found = {}
@@ -113,23 +114,34 @@ def _scopes(scopes: Sequence[str]) -> list[str]:
 def _measure(net: MaskedNetwork, path: Path) -> dict[str, dict]:
     lq, gt = read_pair(path, net.upscale)
     x, sides = to_tensor(lq), lq.shape[:2]
-    net(x)  # warms up
     record = {}
     runs = list(settings(net).items())
-    for setting, (mask, scope) in [*runs, runs[0]]:  # dense at both ends: everything is compared with its time
-        with net.exempting(mask, scope):
-            start = perf_counter()
+    middle = len(runs) // 2  # dense at both ends and there: everything is compared with its time
+    for setting, (mask, scope) in [*runs[:middle], runs[0], *runs[middle:], runs[0]]:
+        with net.exempting(mask, scope), one_thread():
+            if not record:
+                net(x)  # warms up
+            start = process_time()
             sr, pure = net(x, return_mask=True)
-            seconds = perf_counter() - start
+            seconds = process_time() - start
             macs = sum(net.macs(*sides, pure).values())
         value = psnr(to_image(sr), gt, net.upscale)
         if value is None:
             raise UserError(f'{path}: is too small to be measured; leave it out.')
         exempt = 0.0 if pure is None else pure.double().mean().item()
-        if setting in record:
-            seconds = (seconds + record[setting]['seconds']) / 2
-        record[setting] = {'psnr': value, 'macs': macs, 'exempt': exempt, 'seconds': seconds}
+        times = [*record.get(setting, {}).get('times', []), seconds]
+        record[setting] = {'psnr': value, 'macs': macs, 'exempt': exempt, 'seconds': mean(times), 'times': times}
     return record
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def from_dense(records: Sequence[dict], dense: Sequence[dict]) -> tuple[float, float | None]:
@@ -170,8 +182,8 @@ def scope_table(found: Found, scale: int) -> Table:
         f'×{scale}: masks, and the attentions that pure pixels are exempt from',
         [
             f'Images: {", ".join(f"{count} of {name}" for name, count in counts.items())}, evenly. saved: of the '
-            'multiply-adds of the dense network, together over the images; time saved: the same of the seconds of one '
-            f'run on {torch.get_num_threads()} threads, which other work on the machine disturbs. from dense: mean '
-            'over the images of the difference in PSNR, in thousandths of a dB, with its standard error.'
+            'multiply-adds of the dense network, together over the images; time saved: the same of the seconds of a '
+            'processor core, one run on one thread. from dense: mean over the images of the difference in PSNR, in '
+            'thousandths of a dB, with its standard error.'
         ],
     )

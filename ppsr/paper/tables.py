@@ -337,7 +337,7 @@ def _make(folder, records_file, data, weights, scales, options, ablate_on, comma
         found += _pure_pass_plots(folder, scale, base, records)
         if varied_sets and base.weights is not None:
             found += _variants(folder, scale, base, data_sets, varied_sets, records, records_file)
-        found += _scopes(folder, scale, weights, varied_sets, records_file)
+        found += _scopes(folder, scale, weights, data_sets if varied_sets else {}, records_file)
         if varied_sets:
             grid = _grid(varied_sets, scale)
             _write_table(folder, f'purity_x{scale}', _grid_table(scale, grid))
@@ -371,11 +371,11 @@ def _variants(
 
 
 def _scopes(
-    folder: Path, scale: int, weights: Sequence[str | Path], varied_sets: dict, cache: Cache
+    folder: Path, scale: int, weights: Sequence[str | Path], data_sets: dict, cache: Cache
 ) -> list[tuple[str, str]]:
     """Masks and scopes, for weights with a stand-in for window attention."""
     files = scopes.files_with_stand_in(weights, scale)
-    data_sets = {name: sources for name, sources in varied_sets.items() if name in scopes.SETS}
+    data_sets = {name: sources for name, sources in data_sets.items() if name in scopes.SETS}
     if not files or not data_sets:
         return []
     name, found = f'scopes_x{scale}', scopes.measure_scopes(files, data_sets, scale, cache)
