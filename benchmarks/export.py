@@ -1,19 +1,21 @@
 """Seconds of the network here and in other runtimes: native kernels, ONNX Runtime, OpenVINO, torch.compile.
 
 python benchmarks/export.py [--size 320 180] [--runs 5] [--document docs/export.md]
+Needs pip install 'ppsr[export]' openvino.
 
 Two pictures: noise, in which nothing is pure, and one with flat columns; ×4 with the shipped weights. The file is made
 in a temporary folder, and every runtime gets as many threads as PyTorch has here.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from common import add_document, alternate, document, median, noise, on, table
 
-from ppsr.export.check import runtimes
+from ppsr.export.check import openvino, runtimes
 from ppsr.export.onnx_file import export_onnx
 from ppsr.weights import load_model
 
@@ -49,12 +51,17 @@ def measure(args: argparse.Namespace) -> None:
         runs['torch.compile, native attention'] = torch.compile(net, dynamic=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'model.onnx'
+        print('Making the ONNX file …', file=sys.stderr)
         export_onnx(net, path)
-        for load in runtimes():
+        loaders = runtimes()
+        if openvino not in loaders:
+            print('OpenVINO is left out: it is not installed (pip install openvino).', file=sys.stderr)
+        for load in loaders:
             name, run = load(path)
             runs[name] = lambda lq, run=run: run(lq.numpy())
         rows = {name: [name] for name in runs}
-        for lq in pictures.values():
+        for picture, lq in pictures.items():
+            print(f'Running {", ".join(runs)}: {picture} …', file=sys.stderr)
             with torch.inference_mode():
                 seconds = alternate({name: lambda lq=lq, run=run: run(lq) for name, run in runs.items()}, args.runs)
             for name, values in seconds.items():

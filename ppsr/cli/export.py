@@ -26,7 +26,11 @@ def configure(parser) -> None:
         metavar=('WIDTH', 'HEIGHT'),
         help='of the pictures, which ExecuTorch has to know (ONNX takes any)',
     )
-    parser.add_argument('--check', action='store_true', help='run the file and compare it with the network')
+    parser.add_argument(
+        '--check',
+        action='store_true',
+        help='run the file and compare it with the network; one that exists is not made again without --overwrite',
+    )
     parser.add_argument('--overwrite', action='store_true', help='replace an output that exists')
 
 
@@ -36,8 +40,8 @@ def run(args) -> int:
     suffix = {'onnx': '.onnx', 'executorch': '.pte'}[form]
     if target.suffix != suffix:
         raise UserError(f'{target}: a file of {form} is called {suffix}, not {target.suffix or "without ending"}.')
-    if target.exists() and not args.overwrite:
-        raise UserError(f'{target} exists already; choose another name or give --overwrite.')
+    if target.exists() and not (args.overwrite or args.check):
+        raise UserError(f'{target} exists already; choose another name, or give --overwrite, or --check.')
     if form == 'onnx':
         if args.size:
             raise UserError('--size is for ExecuTorch; an ONNX file takes pictures of any size.')
@@ -59,13 +63,15 @@ def _network(args):
 
 
 def _onnx(args, target: Path) -> int:
-    from ppsr.export.check import check
-    from ppsr.export.onnx_file import export_onnx, rounded_to_half
+    from ppsr.export.check import as_stored, check
+    from ppsr.export.onnx_file import export_onnx
 
     net = _network(args)
-    export_onnx(net, target, half=args.fp16)
-    print(f'{target}: {target.stat().st_size / 1e6:.1f} MB, lq (batch, 3, height, width) in [0, 1] -> sr', flush=True)
-    return _report(check(target, rounded_to_half(net) if args.fp16 else net)) if args.check else 0
+    if args.overwrite or not target.exists():
+        export_onnx(net, target, half=args.fp16)
+        size = f'{target.stat().st_size / 1e6:.1f} MB'
+        print(f'{target}: {size}, lq (batch, 3, height, width) in [0, 1] -> sr', flush=True)
+    return _report(check(target, as_stored(target, net))) if args.check else 0
 
 
 def _executorch(args, target: Path) -> int:
@@ -73,8 +79,9 @@ def _executorch(args, target: Path) -> int:
     from ppsr.export.executorch_file import export_executorch, run_executorch
 
     net, (width, height) = _network(args), args.size
-    export_executorch(net, target, height, width)
-    print(f'{target}: {target.stat().st_size / 1e6:.1f} MB, for pictures of {width}×{height}', flush=True)
+    if args.overwrite or not target.exists():
+        export_executorch(net, target, height, width)
+        print(f'{target}: {target.stat().st_size / 1e6:.1f} MB, for pictures of {width}×{height}', flush=True)
     return _report(check(target, net, [(1, height, width)], [run_executorch])) if args.check else 0
 
 

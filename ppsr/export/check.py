@@ -16,10 +16,21 @@ from torch import Tensor, nn
 from ppsr.archs.atd_layers import DictionaryAttention
 from ppsr.archs.masked import MaskedNetwork
 from ppsr.errors import UserError
-from ppsr.export.files import first_line
+from ppsr.export.files import first_line, rounded_to_half
 from ppsr.extras import need
 
-__all__ = ['SIZES', 'TOLERANCE', 'Comparison', 'check', 'onnx_runtime', 'openvino', 'picture', 'runtimes']
+__all__ = [
+    'SIZES',
+    'TOLERANCE',
+    'Comparison',
+    'as_stored',
+    'check',
+    'onnx_runtime',
+    'openvino',
+    'picture',
+    'runtimes',
+    'settings_of',
+]
 
 TOLERANCE = 1e-4
 SIZES = ((1, 1, 1), (2, 29, 37), (1, 1, 100), (1, 45, 5))  # pictures, height, width
@@ -117,7 +128,7 @@ def with_categories(path: str | Path, folder: str | Path, count: int) -> tuple[P
         The file to run, and whether it has those outputs.
     """
     (onnx,) = need('export', 'Checking an ONNX file', 'onnx')
-    model = onnx.load(str(path))
+    model = load_onnx(path)
     chosen = [
         node.output[0]
         for node in model.graph.node
@@ -170,7 +181,7 @@ def check(
 
     Args:
         net: on the CPU, in float32; of a file with float16 weights, with its parameters rounded likewise
-            (:func:`ppsr.export.onnx_file.rounded_to_half`).
+            (:func:`as_stored`).
         sizes: (pictures, height, width) of the batches.
         load: functions like :func:`onnx_runtime`; None: an ONNX file, in :func:`runtimes`.
 
@@ -211,9 +222,36 @@ def _trying(path: str | Path, runtime: str, work: Callable, *args):
         raise UserError(f'{path}: {runtime} does not run it ({first_line(error)}).') from error
 
 
+def load_onnx(path: str | Path):
+    """An ONNX file as onnx.ModelProto; UserError where it is none or cannot be read."""
+    (onnx,) = need('export', 'Reading an ONNX file', 'onnx')
+    try:
+        return onnx.load(str(path))
+    except Exception as error:  # protobuf has errors of its own
+        raise UserError(f'{path}: cannot be read as an ONNX file ({first_line(error)}).') from error
+
+
 def settings_of(path: str | Path) -> dict:
     """The configuration that an ONNX file of ours carries; {} where it carries none."""
-    (onnx,) = need('export', 'Reading an ONNX file', 'onnx')
-    model = onnx.load(str(path), load_external_data=False)
-    found = {entry.key: entry.value for entry in model.metadata_props}
+    found = {entry.key: entry.value for entry in load_onnx(path).metadata_props}
     return json.loads(found.get('ppsr.config', '{}'))
+
+
+def as_stored(path: str | Path, net: MaskedNetwork) -> MaskedNetwork:
+    """The network that an ONNX file has to equal: `net`, its weights rounded where those of the file are float16.
+
+    Raises:
+        UserError: the file is of a network with other settings.
+    """
+    found, expected = settings_of(path), json.loads(json.dumps(net.configuration))
+    if found != expected:
+        if not found:
+            raise UserError(f'{path}: was not made by ppsr export; choose another name, or --overwrite it.')
+        other = next(key for key in {**expected, **found} if found.get(key) != expected.get(key))
+        raise UserError(
+            f'{path}: is of a network with other settings ({other} is {found.get(other)!r} there, and '
+            f'{expected.get(other)!r} in the weights named); name those it was made from, or --overwrite it.'
+        )
+    (onnx,) = need('export', 'Checking an ONNX file', 'onnx')
+    half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in load_onnx(path).graph.initializer)
+    return rounded_to_half(net) if half else net

@@ -97,6 +97,8 @@ def fixed_program(net: MaskedNetwork, height: int, width: int) -> torch.export.E
     table = torch.export.default_decompositions()
     table[torch.ops.ppsr.category_attention.default] = category_attention
     table[torch.ops.ppsr.window_attention.default] = window_attention
+    # what is left of cropping where nothing is cropped; ExecuTorch's kernel refuses it behind a channels-last tensor
+    table[torch.ops.aten.alias.default] = lambda x: x
     # of the colour centres, and not among the operators that ExecuTorch has
     table[torch.ops.aten.round.decimals] = lambda x, decimals: torch.round(x * 10**decimals) / 10**decimals
     with torch.no_grad():
@@ -109,15 +111,22 @@ def export_executorch(net: MaskedNetwork, path: str | Path, height: int, width: 
     Raises:
         UserError: ExecuTorch is not installed or does not take the network, or the file cannot be written.
     """
-    path, feature = Path(path), '--format executorch'
+    path = Path(path)
     exir, xnnpack = need(
-        'executorch', feature, 'executorch.exir', 'executorch.backends.xnnpack.partition.xnnpack_partitioner'
+        'executorch',
+        '--format executorch',
+        'executorch.exir',
+        'executorch.backends.xnnpack.partition.xnnpack_partitioner',
     )
-    try:
-        content = quietly(_lower, net, height, width, exir, xnnpack.XnnpackPartitioner)
-    except Exception as error:  # of torch.export and of each of ExecuTorch's stages
-        raise UserError(f'{type(net).__name__} cannot be exported: ExecuTorch says "{first_line(error)}".') from error
-    write(path, content)
+
+    def lowered() -> bytes:
+        try:
+            return quietly(_lower, net, height, width, exir, xnnpack.XnnpackPartitioner)
+        except Exception as error:  # of torch.export and of each of ExecuTorch's stages
+            said = f'ExecuTorch says "{first_line(error)}"'
+            raise UserError(f'{type(net).__name__} cannot be exported: {said}.') from error
+
+    write(path, lowered)
 
 
 def _lower(net: MaskedNetwork, height: int, width: int, exir, partitioner) -> bytes:

@@ -1,15 +1,19 @@
-"""What the kinds of files have in common: exporters that keep quiet, their messages, writing."""
+"""What the kinds of files have in common: exporters that keep quiet, their messages, writing, rounding."""
 
+import copy
 import io
 import logging
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+
+from torch import nn
 
 from ppsr.atomic import atomic_path
 from ppsr.errors import UserError
 
-__all__ = ['first_line', 'quietly', 'write']
+__all__ = ['first_line', 'quietly', 'rounded_to_half', 'write']
 
 
 def quietly(work, *args):
@@ -29,11 +33,23 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip('.')
 
 
-def write(path: Path, content: bytes) -> None:
-    """A file, whole or not at all; UserError where it cannot be written."""
+def write(path: Path, make: Callable[[], bytes]) -> None:
+    """A file of what `make` gives, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written there, which is known before `make` is called.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            temporary.write_bytes(content)
+            temporary.write_bytes(make())
     except OSError as e:
         raise UserError(f'{path}: cannot be written ({e.strerror or e}).') from e
+
+
+def rounded_to_half(net: nn.Module) -> nn.Module:
+    """A copy whose parameters are float32 numbers that float16 has, too."""
+    net = copy.deepcopy(net)
+    for parameter in net.parameters():
+        parameter.data = parameter.data.half().float()
+    return net

@@ -21,11 +21,11 @@ from torch.export import Dim
 
 from ppsr.archs.masked import MaskedNetwork, mirror_pad, reflect_pad
 from ppsr.errors import UserError
-from ppsr.export.files import first_line, quietly, write
+from ppsr.export.files import first_line, quietly, rounded_to_half, write
 from ppsr.export.operators import OPSET, TRANSLATIONS, exportable_mask
 from ppsr.version import __version__
 
-__all__ = ['export_onnx', 'onnx_model', 'rounded_to_half']
+__all__ = ['export_onnx', 'onnx_model']
 
 IR_VERSION = 10
 FOLDED = 1024  # elements: larger constants are left to the runtime to compute, which keeps the file small
@@ -88,14 +88,6 @@ class _Padded(nn.Module):
 
     def forward(self, padded: Tensor) -> Tensor:
         return self.net.restore(padded, self.net.pure_mask(padded))
-
-
-def rounded_to_half(net: nn.Module) -> nn.Module:
-    """A copy whose parameters are float32 numbers that float16 has, too."""
-    net = copy.deepcopy(net)
-    for parameter in net.parameters():
-        parameter.data = parameter.data.half().float()
-    return net
 
 
 def onnx_model(net: MaskedNetwork, half: bool = False) -> onnx.ModelProto:
@@ -225,4 +217,4 @@ def export_onnx(net: MaskedNetwork, path: str | Path, half: bool = False) -> Non
     Raises:
         UserError: it cannot be exported, or the file cannot be written.
     """
-    write(Path(path), onnx_model(net, half).SerializeToString())
+    write(Path(path), lambda: onnx_model(net, half).SerializeToString())

@@ -8,6 +8,7 @@ import torch
 from support import TINY
 
 from ppsr.archs import CAMixerATDLight, PPATDLight, SwinIRLight
+from ppsr.calibration.curve import Curve, Point
 from ppsr.cli import main
 from ppsr.errors import UserError
 from ppsr.weights import save_checkpoint
@@ -17,7 +18,8 @@ pytest.importorskip('onnxscript')
 onnxruntime = pytest.importorskip('onnxruntime')
 
 from ppsr.export.check import check, settings_of  # noqa: E402
-from ppsr.export.onnx_file import export_onnx, rounded_to_half  # noqa: E402
+from ppsr.export.files import rounded_to_half  # noqa: E402
+from ppsr.export.onnx_file import export_onnx  # noqa: E402
 
 CONFIG = TINY | dict(depths=[2], num_heads=[2], pp_scope=['category', 'window'], pp_window_compensation='mean')
 
@@ -99,9 +101,60 @@ def test_check_says_what_it_found(tmp_path, capsys):
     assert main([*words, '--check']) == 0
     said = capsys.readouterr().out
     assert 'ONNX Runtime' in said and 'Equal to 0.0001' in said
-    before = (tmp_path / 'x.onnx').read_bytes()
+    before = (tmp_path / 'x.onnx').stat()
     assert main(words) == 2 and 'exists already' in capsys.readouterr().err
-    assert (tmp_path / 'x.onnx').read_bytes() == before
+    assert main([*words, '--check']) == 0 and capsys.readouterr().out.startswith('ONNX Runtime')  # not made again
+    assert (tmp_path / 'x.onnx').stat() == before
+
+
+def test_check_of_the_file_of_another_network(exported, tmp_path, capsys):
+    """Float16 weights are known from the file; other settings, other weights, and what is no file of ours."""
+    net, folder = exported
+
+    def check_command(weights, file, *words):
+        code = main(['export', '--model-path', str(weights), '-o', str(file), '--check', *words])
+        return code, ''.join(capsys.readouterr())
+
+    code, said = check_command(folder / 'x.safetensors', folder / 'x.onnx')
+    assert code == 0 and 'Equal' in said
+    code, said = check_command(folder / 'x.safetensors', folder / 'x.onnx', '--no-pure-pass')
+    assert code == 2 and "(type is 'PPATDLight' there, and 'ATDLight' in the weights named)" in said
+    config = {'type': 'PPATDLight', **CONFIG}
+    save_checkpoint(tmp_path / 'y.safetensors', lively(PPATDLight(**CONFIG)).state_dict(), config)
+    code, said = check_command(tmp_path / 'y.safetensors', folder / 'x.onnx')
+    assert code == 1 and 'NOT equal' in said
+    (tmp_path / 'z.onnx').write_bytes(b'nothing')
+    code, said = check_command(folder / 'x.safetensors', tmp_path / 'z.onnx')
+    assert code == 2 and 'z.onnx: cannot be read as an ONNX file' in said
+
+
+def test_the_dial(tmp_path, monkeypatch, capsys):
+    """What is exported has the setting that was chosen, and the command says which."""
+    point = Point(('category', 'window'), 'gradient', 0.1, (0.01,), 0.2)
+    facts = {'calibration': Curve('Some', 'ground truth', (point,)).as_fact()}
+    path, made = tmp_path / 'x.safetensors', tmp_path / 'x.onnx'
+    net = PPATDLight(**CONFIG | {'pp_window_compensation': 'linear'})
+    save_checkpoint(path, net.state_dict(), net.configuration, facts)
+    exported = []
+    monkeypatch.setattr('ppsr.export.onnx_file.export_onnx', lambda net, path, half: exported.append(net))
+    made.touch()
+    words = ['export', '--model-path', str(path), '-o', str(made), '--overwrite']
+    assert main([*words, '--max-loss', '0.02']) == 0
+    assert 'Chosen: mask gradient below 0.1' in capsys.readouterr().err
+    found = exported[0].configuration
+    assert {name: found[name] for name in point.settings} == point.settings
+    assert main([*words, '--exact']) == 0 and exported[1].pure_pass is None
+    assert main([*words, '--saving', '30']) == 2
+    assert 'no setting that was measured saves 30 %' in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_said_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('ppsr.export.onnx_file.onnx_model', lambda *_: pytest.fail('work before the mistake'))
+    (tmp_path / 'file').touch()
+    (tmp_path / 'folder.onnx').mkdir()
+    for target in ('file/x.onnx', 'folder.onnx'):
+        assert main(['export', '-n', 'PPATDLight_x4', '-o', str(tmp_path / target), '--overwrite']) == 2
+        assert f'{target}: cannot be written' in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_is_said(tmp_path):
@@ -123,14 +176,15 @@ def test_executorch(tmp_path, capsys):
     assert 'ExecuTorch' in (said := capsys.readouterr().out) and 'Equal' in said
 
 
-def test_the_program_for_one_size_is_the_network():
+@pytest.mark.parametrize('sides', [(13, 21), (16, 24)], ids=['cropped', 'whole'])
+def test_the_program_for_one_size_is_the_network(sides):
     """What ExecuTorch is given: PyTorch's operators alone, the same result."""
     from ppsr.export.executorch_file import fixed_program
 
     net = lively(PPATDLight(**CONFIG))
-    program = fixed_program(net, 13, 21)
-    assert not any('ppsr' in str(node.target) for node in program.graph.nodes)
-    lq = torch.rand(1, 3, 13, 21)
+    program = fixed_program(net, *sides)
+    assert not any('ppsr' in str(node.target) or 'alias' in str(node.target) for node in program.graph.nodes)
+    lq = torch.rand(1, 3, *sides)
     lq[..., :9] = 0.5
     with torch.no_grad():
         torch.testing.assert_close(program.module()(lq), net(lq), rtol=0, atol=1e-5)
