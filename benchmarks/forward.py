@@ -91,8 +91,13 @@ def variants(dense: MaskedNetwork, lq: torch.Tensor, runs: int, best: str) -> st
         with torch.autocast('cpu', dtype=torch.bfloat16):
             return dense(lq)
 
+    def products():
+        with native.bf16():
+            return dense(lq)
+
     cases = {
         f'as it is, {best}': on(best, lambda: dense(lq)),
+        **({} if dispatch.no_bf16() else {'bfloat16 products, native': on('native', products)}),
         f'torch.compile, {best}': on(best, lambda: compiled(lq)),
         'as it is, torch': on('torch', lambda: dense(lq)),
         'bfloat16 autocast, torch': on('torch', autocast),

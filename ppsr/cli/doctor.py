@@ -72,10 +72,9 @@ def run(args) -> int:
         print(f'  {name:14} ' + (f'not usable: {reason}' if reason else f'ok{chosen}'))
         if name == 'native' and reason is None:
             print(f'  {"":14} instruction set {native.target()}, of {", ".join(native.targets())} on this processor')
-            none = dispatch.no_bf16()
-            print(
-                f'  {"":14} bf16: ' + (f'computed in fp32, {none}' if none else f'{native.bf16_target()}, if asked for')
-            )
+            reason = dispatch.no_bf16()
+            how = f'computed in fp32: {reason}' if reason else f'{native.bf16_target()}, where it is asked for'
+            print(f'  {"":14} bf16: {how}')
     print(f'  C compiler     {shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or "none found"}')
 
     print('Known breakages of basicsr 1.4.2')

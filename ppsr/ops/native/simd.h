@@ -151,7 +151,7 @@ INLINE vf words_of_neighbours(vf first, vf then) { return (vf)_mm512_cvtne2ps_pb
 /* sum + x y over both halves of the words. */
 INLINE vf add_words(vf sum, vf x, vf y) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y); }
 
-#elif BFLOAT16 /* the same without the instructions, VL = 4, for tests */
+#elif BFLOAT16 /* the same without the instructions, for tests */
 
 INLINE vi rounded(vf x) {
     const vi bits = (vi)x, nan = (vi)(x != x);
@@ -163,7 +163,12 @@ INLINE vf words_of_rows(vf low, vf high) {
 }
 
 INLINE vf words_of_neighbours(vf first, vf then) {
-    return words_of_rows(SHUFFLE(first, then, 0, 2, 4, 6), SHUFFLE(first, then, 1, 3, 5, 7));
+    vf even = first, odd = first;
+    for (int i = 0; i < VL; i++) {
+        even[i] = 2 * i < VL ? first[2 * i] : then[2 * i - VL];
+        odd[i] = 2 * i < VL ? first[2 * i + 1] : then[2 * i + 1 - VL];
+    }
+    return words_of_rows(even, odd);
 }
 
 INLINE vf add_words(vf sum, vf x, vf y) {
