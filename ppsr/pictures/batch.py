@@ -1,11 +1,12 @@
 """Enlarging many files: which input becomes which output, then one after the other, whatever happens to any of them."""
 
+import contextlib
 import glob
 import os
 import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +18,7 @@ from ppsr.archs.masked import mask_module
 from ppsr.errors import UserError
 from ppsr.images import FORMATS, IMAGE_SUFFIXES, Picture, read_header, write_file
 from ppsr.pictures.sharing import Alone
+from ppsr.pictures.side_by_side import groups, in_order
 from ppsr.pictures.upscaler import Stats, Upscaler
 
 __all__ = ['EXTENSIONS', 'STREAM', 'Job', 'Plan', 'Summary', 'exists', 'open_source', 'plan_jobs', 'run_jobs']
@@ -77,15 +79,19 @@ class Summary:
     failed: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
+    def add(self, part: 'Summary') -> None:
+        """What became of further jobs."""
+        self.done += part.done
+        self.masks += part.masks
+        self.skipped += part.skipped
+        self.failed += part.failed
+
     @classmethod
     def of(cls, parts: Sequence['Summary'], failed: Iterable[str] = ()) -> 'Summary':
         """One of several, and of further failures."""
         together = cls(failed=list(failed))
         for part in parts:
-            together.done += part.done
-            together.masks += part.masks
-            together.skipped += part.skipped
-            together.failed = [*together.failed, *part.failed]
+            together.add(part)
         return together
 
     def without_pictures(self) -> 'Summary':
@@ -385,17 +391,16 @@ def run_jobs(
     try:
         for note in (*notes, *(f'Failed: {sentence}' for sentence in plan.failed)) if crew.is_first else ():
             bar.say(note)
-        for job in crew.take(todo, _source_name):
-            bar.begin(job)
-            try:
-                _run_job(upscaler, job, quality, overwrite, bar, summary)
-            except UserError as error:
-                message = str(error)
-                if str(job.source) not in message and str(job.target) not in message:
-                    message = f'{_source_name(job)}: {message}'
-                summary.failed.append(message)
-                bar.say(f'Failed: {message}')
-            bar.end()
+        # processes that share the jobs are side by side already, and each says which job it is at
+        runs = groups(upscaler, todo, bar.shapes.__getitem__) if crew.size == 1 else [(todo, 1)]
+        for run, workers in runs:
+            if workers > 1:
+                _run_side_by_side(upscaler, run, workers, quality, overwrite, bar, summary)
+                continue
+            for job in crew.take(run, _source_name):
+                bar.begin(job)
+                summary.add(_attempt(upscaler, job, quality, overwrite, bar.tile))
+                bar.end()
         parts, lost = crew.gather(summary.without_pictures(), bar.show)
         for sentence in lost:
             bar.say(f'Failed: {sentence}')
@@ -417,7 +422,45 @@ def _is_done(job: Job, overwrite: bool) -> bool:
     return bool(done) and all(done)
 
 
-def _run_job(upscaler: Upscaler, job: Job, quality: int, overwrite: bool, bar: '_Bar', summary: Summary) -> None:
+def _run_side_by_side(
+    upscaler: Upscaler, jobs: list[Job], workers: int, quality: int, overwrite: bool, bar: '_Bar', summary: Summary
+) -> None:
+    """Small pictures in threads."""
+
+    def work(job: Job, say: Callable[[str], None]) -> Summary:
+        return _attempt(upscaler.for_small(say), job, quality, overwrite)
+
+    with contextlib.closing(in_order(work, jobs, workers, bar.say)) as outcomes:
+        for job, part in zip(jobs, outcomes):
+            bar.begin(job)
+            summary.add(part)
+            bar.end()
+
+
+def _attempt(
+    upscaler: Upscaler, job: Job, quality: int, overwrite: bool, on_tile: Callable[[int, int], None] | None = None
+) -> Summary:
+    """What became of one job; a failure is told."""
+    summary = Summary()
+    try:
+        _run_job(upscaler, job, quality, overwrite, on_tile, summary)
+    except UserError as error:
+        message = str(error)
+        if str(job.source) not in message and str(job.target) not in message:
+            message = f'{_source_name(job)}: {message}'
+        summary.failed.append(message)
+        upscaler.say(f'Failed: {message}')
+    return summary
+
+
+def _run_job(
+    upscaler: Upscaler,
+    job: Job,
+    quality: int,
+    overwrite: bool,
+    on_tile: Callable[[int, int], None] | None,
+    summary: Summary,
+) -> None:
     target = job.target
     if target == STREAM:
         if sys.stdout.isatty():
@@ -425,17 +468,17 @@ def _run_job(upscaler: Upscaler, job: Job, quality: int, overwrite: bool, bar: '
         target = sys.stdout.buffer
     picture = upscaler.read(open_source(job.source))
     for note in picture.notes:
-        bar.say(f'{_source_name(job)}: {note}.')
+        upscaler.say(f'{_source_name(job)}: {note}.')
     if job.target != STREAM and not overwrite and exists(job.target):  # then its mask is missing
         _save_mask(upscaler, picture, upscaler.mask(picture.pixels), job.mask)
         summary.masks += 1
         return
-    stats = upscaler.upscale_file(picture, target, quality, bar.tile)
+    stats = upscaler.upscale_file(picture, target, quality, on_tile)
     summary.done.append(stats)
     if job.mask is None:
         return
     if not overwrite and exists(job.mask):
-        bar.say(f'{job.mask} exists and is kept (--overwrite replaces it).')
+        upscaler.say(f'{job.mask} exists and is kept (--overwrite replaces it).')
         return
     _save_mask(upscaler, picture, stats.mask, job.mask)
 
@@ -451,6 +494,7 @@ class _Bar:
 
     def __init__(self, jobs: list[Job], show: bool | None, crew: Alone):
         self.crew, show = crew, show if crew.is_first else False
+        self.shapes = {job: self._shape(job) for job in jobs}  # (H, W), None = unknown
         self.sizes = {job: self._pixels(job) for job in jobs}
         self.images, self.started, self.mine = len(jobs), 0, 0.0  # of the picture that is being made
         self.job: Job | None = None
@@ -463,14 +507,23 @@ class _Bar:
         )
 
     @staticmethod
-    def _pixels(job: Job) -> float:
-        if job.source == STREAM or not os.path.isfile(job.source):  # what comes only once is not looked at twice
-            return 1.0
+    def _comes_once(job: Job) -> bool:
+        return job.source == STREAM or not os.path.isfile(job.source)
+
+    @classmethod
+    def _shape(cls, job: Job) -> tuple[int, int] | None:
+        if cls._comes_once(job):  # not looked at twice
+            return None
         try:
-            height, width = read_header(job.source).upright
+            return read_header(job.source).upright
         except UserError:  # told when its turn comes
-            return 0.0
-        return width * height / 1e6
+            return None
+
+    def _pixels(self, job: Job) -> float:
+        shape = self.shapes[job]
+        if shape is None:
+            return 1.0 if self._comes_once(job) else 0.0
+        return shape[0] * shape[1] / 1e6
 
     def say(self, text: str) -> None:
         self.bar.write(text, file=sys.stderr)

@@ -73,6 +73,13 @@ class TileChoice:
         largest = self._largest(size, overlap, fixed, per_row, max_memory, run)
         return wish if wish is not None and (largest == 0 or 0 < wish <= largest) else largest
 
+    def budget(self, max_memory: int | None) -> float:
+        """Bytes that may be planned with: of what is free, and of what `max_memory` leaves."""
+        free = memory.free_memory(self.device)
+        if max_memory is not None:
+            free = min(free, max_memory - memory.used_memory(self.device))
+        return SHARE_OF_FREE * free
+
     def smaller(self, tile: int, overlap: int, side: int) -> int:
         """The tile to try after the memory did not suffice; `side` is the longer one of the picture.
 
@@ -95,10 +102,7 @@ class TileChoice:
     ) -> int:
         """0 (the whole picture) if the memory allows it, else the side of the largest tile that it allows."""
         height, width = size
-        free = memory.free_memory(self.device)
-        if max_memory is not None:
-            free = min(free, max_memory - memory.used_memory(self.device))
-        budget = SHARE_OF_FREE * free
+        budget = self.budget(max_memory)
         room = budget - fixed
         area = height * width
         if area <= MAX_CALL and area * SURELY_ENOUGH <= room:

@@ -5,6 +5,7 @@ network's rows are resized if another factor is wanted, alpha is added, samples 
 Only the picture itself and a band are in memory at a time (JPEG and WebP collect the result, arrays are the result).
 """
 
+import contextlib
 import copy
 import dataclasses
 import logging
@@ -37,6 +38,7 @@ from ppsr.images import (
     format_of,
     from_pil,
     losses,
+    read_header,
     read_picture,
     to_pil,
     write_picture,
@@ -44,6 +46,7 @@ from ppsr.images import (
 from ppsr.ops.dispatch import no_bf16
 from ppsr.pictures import memory
 from ppsr.pictures.bands import resize_bands, split_alpha, to_numpy, with_alpha, working_bytes
+from ppsr.pictures.side_by_side import groups, in_order
 from ppsr.pictures.tile_choice import TileChoice
 from ppsr.tiling import (
     DEFAULT_OVERLAP,
@@ -273,6 +276,44 @@ class Upscaler:
         result, stats = self._enlarge(pixels, collect, result_bytes, on_tile, repeated)
         return finish(result), self._remember(stats, start)
 
+    def upscale_many(self, images: Iterable) -> list:
+        """Enlarge many pictures; on a CPU small ones side by side, a core for each (:mod:`ppsr.pictures.side_by_side`).
+
+        Args:
+            images: of any kinds and sizes that :meth:`upscale_with_stats` takes.
+
+        Returns:
+            What a call for each would return, bit for bit, in their order; :attr:`stats` is that of the last.
+
+        Raises:
+            UserError: the first that cannot be enlarged, and why.
+        """
+        images = list(images)
+        sizes = [_size_of(image) for image in images]
+        held = 0.0
+        for image, size in zip(images, sizes):
+            if size is not None:
+                pixels = image.nbytes if isinstance(image, np.ndarray) else 8 * size[0] * size[1]  # 4 × 16 bits
+                held += pixels * self.outscale**2
+        results = []
+
+        def enlarge(i: int, say: Callable[[str], None] | None = None):
+            try:
+                return (self if say is None else self.for_small(say)).upscale_with_stats(images[i])
+            except UserError as error:
+                raise UserError(f'Picture {i + 1} of {len(images)}: {error}') from error
+
+        for indices, workers in groups(self, range(len(images)), sizes.__getitem__, held):
+            if workers > 1:
+                outcomes = in_order(enlarge, indices, workers, self.say)
+            else:
+                outcomes = (enlarge(i) for i in indices)
+            with contextlib.closing(outcomes):
+                for result, stats in outcomes:
+                    results.append(result)
+                    self._last.stats = stats
+        return results
+
     def upscale_file(
         self,
         source: str | os.PathLike | BinaryIO | Picture,
@@ -383,6 +424,21 @@ class Upscaler:
         made.tile = self._choose_tile(shape, held) if tile is None else tile
         made.max_memory = None
         return made
+
+    def for_small(self, say: Callable[[str], None]) -> 'Upscaler':
+        """An Upscaler with the same network for pictures that the memory surely suffices for: it does not look."""
+        made = copy.copy(self)
+        made.tile, made.max_memory, made.say = self.tile or 0, None, say
+        return made
+
+    def memory_budget(self) -> float:
+        """Bytes that may be planned with now."""
+        return self._tiles.budget(self.max_memory)
+
+    @property
+    def multiple(self) -> int:
+        """What the network pads both sides of its input to."""
+        return self._tiles.multiple
 
     def _mask_of(self, lq: Tensor) -> Tensor:
         return as_masked(self.net).mask_of(lq)
@@ -499,6 +555,18 @@ def _number(name: str, value, low: float, high: float) -> float:
         shown = repr(value) if len(repr(value)) < 40 else f'{repr(value)[:30]}…'
         raise UserError(f'{name} must be a number from {low:g} to {high:g}, got {shown}.')
     return number
+
+
+def _size_of(image) -> tuple[int, int] | None:
+    """(H, W) of what can be enlarged; None where that is told when its turn comes."""
+    if isinstance(image, np.ndarray):
+        return image.shape[:2] if image.ndim in (2, 3) and image.size else None
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    try:
+        return read_header(image).upright if os.path.isfile(image) else None
+    except (UserError, ValueError, TypeError):  # a NUL in the name, what is no name
+        return None
 
 
 def _check_array(image: np.ndarray) -> np.ndarray:

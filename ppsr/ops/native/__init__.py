@@ -58,8 +58,9 @@ _SIGNATURES = {
 }
 
 
-def _openmp_entry() -> int | None:
-    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded (GNU's, LLVM's and Intel's all have it).
+@functools.cache
+def openmp() -> ctypes.CDLL | None:
+    """The OpenMP runtime that torch has loaded, None = not found (GNU's, LLVM's and Intel's all have GOMP_parallel).
 
     A runtime of our own would make a second team of threads, and the two would spin against each other.
     """
@@ -71,9 +72,11 @@ def _openmp_entry() -> int | None:
         paths.sort(key=lambda path: ('torch' not in path, path))  # torch's own, should there be another
     for path in paths:
         try:
-            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, c_void_p).value
-        except (OSError, AttributeError):
+            runtime = ctypes.CDLL(path)
+        except OSError:
             continue
+        if hasattr(runtime, 'GOMP_parallel'):
+            return runtime
     return None
 
 
@@ -95,7 +98,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     lib.ppsr_exp2.argtypes = [c_void_p, c_void_p, c_int64]
     lib.ppsr_set_team.argtypes = [c_void_p]
     lib.ppsr_set_target(None)
-    lib.ppsr_set_team(_openmp_entry())
+    lib.ppsr_set_team(ctypes.cast(openmp().GOMP_parallel, c_void_p).value if openmp() else None)
     return lib, None
 
 
