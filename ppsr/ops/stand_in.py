@@ -47,10 +47,9 @@ def _linear_stand_in(
     require(sees > 0 and weight.shape == (c, sees * c) and bias.numel() == c, 'weights (C, C) or (C, 2·C)')
     require(len(add) <= 2 and all(a.shape == x.shape for a in add), 'up to two tensors to add, like the map')
     _, x, norm_weight, norm_bias, weight, bias = ready(out, x, norm_weight, norm_bias, weight, bias)
-    # the LayerNorm's own weights go into the layer's, and a mean of normalised tokens wants them as one token does
-    norm = norm_weight.repeat(sees), norm_bias.repeat(sees)
     add = (ready(*add) + 2 * [None])[:2]
-    call('ppsr_linear_stand_in', x, *norm, weight, bias, *add, pure.contiguous(), out, eps, own, around, *x.shape)
+    parameters = norm_weight, norm_bias, weight, bias
+    call('ppsr_linear_stand_in', x, *parameters, *add, pure.contiguous(), out, eps, own, around, *x.shape)
 
 
 @_linear_stand_in.register_fake

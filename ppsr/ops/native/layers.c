@@ -29,9 +29,10 @@ static void linear_task(void *context, int64_t task, int more, void *scratch) {
 }
 
 /* weight (width, in), bias (width) -> panels of 16 outputs, (in + 1) rows of 16 each with the bias behind all weights;
- * the LayerNorm's own weights go into both. Weights are laid out for the kernels. Returns where the biases begin. */
-static float *pack(const float *weight, const float *bias, const float *norm_weight, const float *norm_bias, int64_t in,
-                   int64_t width, float *packed) {
+ * the weights of the LayerNorm that each `normal` inputs have passed go into both. Weights are laid out for the kernels.
+ * Returns where the biases begin. */
+static float *pack(const float *weight, const float *bias, const float *norm_weight, const float *norm_bias,
+                   int64_t normal, int64_t in, int64_t width, float *packed) {
     const int64_t panels = padded(width, LANES) / LANES;
     float *biases = packed + panels * in * LANES;
     memset(packed, 0, panels * (in + 1) * LANES * sizeof(float));
@@ -39,8 +40,8 @@ static float *pack(const float *weight, const float *bias, const float *norm_wei
         double sum = bias ? bias[o] : 0;
         for (int64_t i = 0; i < in; i++) {
             const float w = weight[o * in + i];
-            if (norm_bias) sum += (double)w * norm_bias[i];
-            packed[(o / LANES * in + i) * LANES + o % LANES] = norm_weight ? w * norm_weight[i] : w;
+            if (norm_bias) sum += (double)w * norm_bias[i % normal];
+            packed[(o / LANES * in + i) * LANES + o % LANES] = norm_weight ? w * norm_weight[i % normal] : w;
         }
         biases[o] = (float)sum;
     }
@@ -60,8 +61,8 @@ int ppsr_linear(const float *x, const float *norm_weight, const float *norm_bias
     const int64_t floats = padded(width, LANES) * (in + 1);
     float *packed = ppsr_take((floats + padded(width2, LANES) * (in + 1)) * sizeof(float));
     if (!packed) return -1;
-    const float *biases = pack(weight, bias, norm_weight, norm_bias, in, width, packed);
-    const float *biases2 = weight2 ? pack(weight2, bias2, norm_weight, norm_bias, in, width2, packed + floats) : NULL;
+    const float *biases = pack(weight, bias, norm_weight, norm_bias, in, in, width, packed);
+    const float *biases2 = weight2 ? pack(weight2, bias2, norm_weight, norm_bias, in, in, width2, packed + floats) : NULL;
     const struct part parts[2] = {
         {packed, biases, width, {add ? add : add2, add ? add2 : NULL}, out, width + columns, NULL},
         {packed + floats, biases2, width2, {NULL, NULL}, out2, width2, NULL}};
@@ -91,7 +92,7 @@ int ppsr_linear_some(const float *x, const float *norm_weight, const float *norm
     if (!packed) return -1;
     for (int i = 0; i < PARTS; i++) {
         if (!widths[i]) continue;
-        const float *packed_bias = pack(weights[i], biases[i], norm_weight, norm_bias, in, widths[i], to);
+        const float *packed_bias = pack(weights[i], biases[i], norm_weight, norm_bias, in, in, widths[i], to);
         parts[used++] = (struct part){to, packed_bias, widths[i], {NULL, NULL}, i < 2 ? out + i * first : out2,
                                       i < 2 ? first + rest : width2, only[i]};
         to += padded(widths[i], LANES) * (in + 1);
@@ -124,9 +125,9 @@ static void stand_in_task(void *context, int64_t task, int more, void *scratch) 
     ppsr_layer_kernels()->stand_in(&image, begin, smaller(begin + STRIP, image.height), scratch);
 }
 
-/* x, out and what is added (or NULL), all (batch, height, width, channels), weights of a LayerNorm (channels; of the
- * input twice if the layer sees a token and its mean), weight (channels, channels or twice as many), bias (channels),
- * pure (batch, height, width), own, around: see struct stand_in; writes the rows of out that are pure. */
+/* x, out and what is added (or NULL), all (batch, height, width, channels), weights of a LayerNorm (channels),
+ * weight (channels, channels or twice as many), bias (channels), pure (batch, height, width), own, around: see struct
+ * stand_in; writes the rows of out that are pure. */
 int ppsr_linear_stand_in(const float *x, const float *norm_weight, const float *norm_bias, const float *weight,
                          const float *bias, const float *add, const float *add2, const uint8_t *pure, float *out,
                          float eps, int64_t own, int64_t around, int64_t batch, int64_t height, int64_t width,
@@ -134,7 +135,7 @@ int ppsr_linear_stand_in(const float *x, const float *norm_weight, const float *
     const int64_t in = (own + around) * channels;
     float *packed = ppsr_take(padded(channels, LANES) * (in + 1) * sizeof(float));
     if (!packed) return -1;
-    const float *biases = pack(weight, bias, norm_weight, norm_bias, in, channels, packed);
+    const float *biases = pack(weight, bias, norm_weight, norm_bias, channels, in, channels, packed);
     struct stand_in_loop loop = {{x, height, width, channels, eps, (int)own, (int)around, packed, biases,
                                   {add ? add : add2, add ? add2 : NULL}, pure, out},
                                  (height + STRIP - 1) / STRIP};
