@@ -14,9 +14,10 @@ import ppsr.archs  # noqa: E402
 import ppsr.data  # noqa: E402
 import ppsr.models  # noqa: E402, F401
 from ppsr.masks.pure_pass import PurePass  # noqa: E402
+from ppsr.ops.workspace import free as free_workspace  # noqa: E402
 from ppsr.version import __version__  # noqa: E402
 
-__all__ = ['PurePass', 'Upscaler', '__version__', 'load_model']
+__all__ = ['PurePass', 'Upscaler', '__version__', 'free_workspace', 'load_model']
 
 _LAZY = {'Upscaler': 'ppsr.pictures.upscaler', 'load_model': 'ppsr.weights'}  # not needed to register archs
 

@@ -26,6 +26,7 @@ from ppsr.ops.some_linear import linear_some, norm_linear_some, of_windows_that_
 from ppsr.ops.stand_in import linear_stand_in
 from ppsr.ops.window_attention import attention_macs as window_macs
 from ppsr.ops.window_attention import window_attention
+from ppsr.ops.workspace import empty
 
 __all__ = [
     'ATDNetwork',
@@ -290,7 +291,7 @@ class AttentionLayer(ExemptingLayer):
         else:
             x_cross = self.attn_aca(qkv.flatten(1, 2), category, None, x_cross).view(x.shape)
         near = self.attn_win.attend(qkv, self.shift, pure)
-        out = linear_stand_in(torch.empty_like(x), pure, x, self.norm1, *stand_in[:2], x, x_cross, **stand_in.seen())
+        out = linear_stand_in(empty(x, x.shape), pure, x, self.norm1, *stand_in[:2], x, x_cross, **stand_in.seen())
         return linear_some(out, near, self.attn_win.proj, asking, x, x_cross), category, similarity
 
     def window_example(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from ppsr.archs.window_compensation import WINDOW_COMPENSATIONS, ExemptingLayer
 from ppsr.integrations.hub import HubNetwork
 from ppsr.masks import PixelMask, build_mask
 from ppsr.ops.category_attention import COMPENSATIONS
+from ppsr.ops.workspace import reuse
 
 __all__ = [
     'AS_PUBLISHED',
@@ -216,7 +217,9 @@ class MaskedNetwork(HubNetwork, nn.Module, ABC):
         h, w = lq.shape[-2:]
         x = self.pad(lq)
         mask = self.pure_mask(x)  # once per image, for every layer
-        sr = self.restore(x, mask)[..., : h * self.upscale, : w * self.upscale]
+        inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        with reuse() if inference else contextlib.nullcontext():
+            sr = self.restore(x, mask)[..., : h * self.upscale, : w * self.upscale]
         return (sr, mask) if return_mask else sr
 
     def macs(self, height: int, width: int, pure: Tensor | None = None) -> dict[str, int]:

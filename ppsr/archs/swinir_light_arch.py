@@ -26,6 +26,7 @@ from ppsr.archs.window_compensation import ExemptingLayer, StandIn
 from ppsr.ops.linear import linear_add, norm_linear
 from ppsr.ops.some_linear import linear_some, norm_linear_some, of_windows_that_ask
 from ppsr.ops.stand_in import linear_stand_in
+from ppsr.ops.workspace import empty
 from ppsr.registry import register
 
 __all__ = ['PPSwinIRLight', 'SwinIRLight']
@@ -94,7 +95,7 @@ class SwinBlock(ExemptingLayer):
         asking, heard = ~pure, of_windows_that_ask(pure, self.attn.window_size, self.shift)
         qkv, _ = norm_linear_some(x, self.norm1, self.attn.qkv, None, asking, heard)
         near = self.attn.attend(qkv, self.shift, pure)
-        out = linear_stand_in(torch.empty_like(x), pure, x, self.norm1, *stand_in[:2], x, **stand_in.seen())
+        out = linear_stand_in(empty(x, x.shape), pure, x, self.norm1, *stand_in[:2], x, **stand_in.seen())
         return linear_some(out, near, self.attn.proj, asking, x)
 
     def window_example(self, x: Tensor) -> tuple[Tensor, Tensor]:

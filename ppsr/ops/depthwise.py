@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ppsr.ops.eligibility import are_plain, kernels_take, kernels_teach
 from ppsr.ops.native import call, ready, require
 from ppsr.ops.training_layers import depthwise_training
+from ppsr.ops.workspace import empty
 
 __all__ = ['depthwise_mix']
 
@@ -24,7 +25,7 @@ def _depthwise_mix(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     require(u.dim() == 4 and channels >= MIN_CHANNELS and bias.numel() == channels, 'maps (B, H, W, C ≥ 16)')
     require(weight.shape == (channels, 1, kernel, kernel) and kernel % 2 == 1, 'a depthwise weight, square and odd')
     u, weight, bias = ready(u, weight, bias)
-    out = torch.empty_like(u)
+    out = empty(u, u.shape)
     call('ppsr_depthwise', u, weight, bias, out, *u.shape, kernel)
     return out
 

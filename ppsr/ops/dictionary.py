@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ppsr.ops.eligibility import are_plain, kernels_take, kernels_teach
 from ppsr.ops.native import call, ready, require
 from ppsr.ops.training_layers import dictionary_training, refinement_training
+from ppsr.ops.workspace import empty
 
 __all__ = ['Similarity', 'dictionary_attention', 'dictionary_refinement']
 
@@ -33,7 +34,7 @@ class Similarity(NamedTuple):
 def _dictionary_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     batch, n, rank = q.shape
     require(k.shape == (batch, v.shape[1], rank) and v.shape[0] == batch, 'q (B, N, r), k (B, M, r), v (B, M, C)')
-    out, category = q.new_empty(batch, n, v.shape[2]), q.new_empty(batch, n, dtype=torch.int64)
+    out, category = empty(q, (batch, n, v.shape[2])), empty(q, (batch, n), torch.int64)
     q, k, v = ready(q, k * LOG2_E, v)  # the kernels take powers of 2
     call('ppsr_dictionary_attention', q, k, v, out, category, batch, n, rank, *v.shape[1:])
     return out, category

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ppsr.ops.eligibility import are_plain, kernels_take, kernels_teach
 from ppsr.ops.native import call, ready, require
 from ppsr.ops.training_layers import linear_training
+from ppsr.ops.workspace import empty
 
 __all__ = ['linear_add', 'norm_linear', 'norm_linear_beside']
 
@@ -64,7 +65,7 @@ def _linear(
 def _outputs(x: Tensor, weights: Sequence[Tensor], rows: Tensor | None) -> list[Tensor]:
     widths = [weight.shape[0] for weight in weights]
     widths[:1] = [width + (0 if rows is None else rows.shape[-1]) for width in widths[:1]]
-    return [x.new_empty(*x.shape[:-1], width) for width in widths]
+    return [empty(x, (*x.shape[:-1], width)) for width in widths]
 
 
 @_linear.register_fake

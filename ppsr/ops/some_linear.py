@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ppsr.ops.dispatch import has_data
 from ppsr.ops.eligibility import are_plain, kernels_take
 from ppsr.ops.native import call, ready, require
+from ppsr.ops.workspace import empty
 
 __all__ = ['linear_some', 'norm_linear_some', 'of_windows_that_ask']
 
@@ -53,7 +54,7 @@ def _norm_linear_some(
 
 def _outputs(x: Tensor, weight: Tensor, all_weight: Tensor | None) -> tuple[Tensor, Tensor]:
     widths = weight.shape[0], 0 if all_weight is None else all_weight.shape[0]
-    return tuple(x.new_empty(*x.shape[:-1], width) for width in widths)
+    return tuple(empty(x, (*x.shape[:-1], width)) for width in widths)
 
 
 @_norm_linear_some.register_fake

@@ -9,14 +9,15 @@ import ctypes
 import torch
 
 from ppsr.ops.native import call
+from ppsr.ops.workspace import empty
 
 __all__ = ['backward', 'forward']
 
 
 def forward(qkv, category, pure, scale, num_heads, category_size, keep):
     batch, n, c3 = qkv.shape
-    out, lse = qkv.new_empty(batch, n, c3 // 3), qkv.new_empty(batch, num_heads, n)
-    order, counts = qkv.new_empty(batch, n, dtype=torch.int32), qkv.new_empty(batch, dtype=torch.int32)
+    out, lse = empty(qkv, (batch, n, c3 // 3)), empty(qkv, (batch, num_heads, n))
+    order, counts = empty(qkv, (batch, n), torch.int32), empty(qkv, (batch,), torch.int32)
     qkv, category = qkv.contiguous(), category.to(torch.int64).contiguous()
     pure = pure.contiguous() if pure is not None else None
     sizes = batch, n, c3 // 3, num_heads, category_size, keep

@@ -10,13 +10,14 @@ Where some tokens are pure, the queries of the others are put side by side, and 
 import torch
 
 from ppsr.ops.native import call
+from ppsr.ops.workspace import empty
 
 __all__ = ['backward', 'forward']
 
 
 def forward(qkv, bias_table, pure, num_heads, window_size, shift):
     batch, h, w, c3 = qkv.shape
-    out, lse = qkv.new_empty(batch, h, w, c3 // 3), qkv.new_empty(batch, num_heads, h, w)
+    out, lse = empty(qkv, (batch, h, w, c3 // 3)), empty(qkv, (batch, num_heads, h, w))
     sizes = batch, h, w, c3 // 3, num_heads, window_size, shift
     pure = pure.contiguous() if pure is not None else None
     call('ppsr_window_forward', qkv.contiguous(), bias_table.float().contiguous(), pure, out, lse, *sizes)

@@ -1,0 +1,115 @@
+"""Memory that inference uses again."""
+
+import threading
+
+import pytest
+import torch
+
+import ppsr
+from ppsr.archs import PPATDLight
+from ppsr.ops import native, workspace
+
+if native.unavailable_reason():
+    pytest.skip(native.unavailable_reason(), allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_held(monkeypatch):
+    monkeypatch.setattr(workspace, 'LEAST', 1)  # small networks, too
+    workspace.free()
+    yield
+    workspace.free()
+
+
+@pytest.fixture
+def net(tiny):
+    torch.manual_seed(0)
+    return PPATDLight(**tiny, pp_scope=('category', 'window')).eval()
+
+
+def pictures(count, side=24):
+    return [torch.rand(1, 3, side + i, side, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+def plainly(net, x, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace, '_use_count', None)  # as where torch does not have it
+        return net(x)
+
+
+@torch.no_grad()
+def test_memory_is_used_again_and_results_are_the_same_bits(net, monkeypatch):
+    (x,) = pictures(1)
+    expected = plainly(net, x, monkeypatch)
+    assert workspace.held() == 0
+    assert torch.equal(net(x), expected)
+    held = workspace.held()
+    assert held > 0
+    assert torch.equal(net(x), expected) and workspace.held() == held  # no new block
+    one_layer = 24 * 24 * 8 * net.conv_first.out_channels * 4  # bytes of all maps that a layer makes, about
+    assert held < 3 * one_layer  # not that of all layers
+    assert ppsr.free_workspace() == held and workspace.held() == 0
+
+
+@torch.inference_mode()
+def test_what_somebody_keeps_is_not_overwritten(net):
+    kept = []
+    for module in net.modules():
+        module.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    one, two = pictures(2)
+    net(one)
+    kept[:] = [t for t in kept if isinstance(t, torch.Tensor)]
+    copies = [t.clone() for t in kept]
+    for _ in range(2):
+        net.forward(two)
+    assert len(copies) > 20 and all(map(torch.equal, copies, kept))
+
+
+@torch.no_grad()
+def test_results_are_not_in_it(net):
+    one, two = pictures(2)
+    sr = net(one)
+    copy = sr.clone()
+    net(two)
+    assert torch.equal(sr, copy) and workspace.free() and workspace.held() == 0
+
+
+@torch.no_grad()
+def test_it_is_bounded(net, monkeypatch):
+    images = pictures(4, 16)
+    expected = [plainly(net, x, monkeypatch) for x in images]
+    net(images[0])
+    monkeypatch.setattr(workspace, 'MOST', workspace.held() // 2)
+    workspace.free()
+    for _ in range(2):
+        for x, right in zip(images, expected):
+            assert torch.equal(net(x), right)
+            assert workspace.held() <= workspace.MOST
+
+
+def test_threads_do_not_get_in_each_others_way(net):
+    images = pictures(4)
+    with torch.no_grad():
+        expected = [net(x) for x in images]
+    wrong, start = [], threading.Barrier(len(images))
+
+    def work(x, right):
+        start.wait()
+        with torch.no_grad():
+            wrong.extend(i for i in range(10) if not torch.equal(net(x), right))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(images, expected)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_training_has_nothing_of_it(net):
+    (x,) = pictures(1)
+    net(x).mean().backward()
+    assert workspace.held() == 0
+    with workspace.reuse():  # nor have tensors without data
+        assert workspace.empty(torch.empty(4, device='meta'), (8, 8)).device.type == 'meta'
+    assert workspace.held() == 0
