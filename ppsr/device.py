@@ -58,9 +58,13 @@ def in_precision(dtype: torch.dtype, device: torch.device) -> contextlib.Abstrac
     On a GPU that is autocast. On a CPU bfloat16 are the products of ppsr's own kernels (:func:`ppsr.ops.native.bf16`):
     autocast would run what torch has instead, several times as slow as the kernels in float32.
     """
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return native.bf16() if device.type == 'cpu' else torch.autocast(device.type, dtype)
+    if dtype != torch.float32 and device.type != 'cpu':
+        return torch.autocast(device.type, dtype)
+    contexts = contextlib.ExitStack()
+    contexts.enter_context(torch.autocast(device.type, enabled=False))  # a caller's makes no difference
+    if dtype != torch.float32:
+        contexts.enter_context(native.bf16())
+    return contexts
 
 
 def no_default_device() -> contextlib.AbstractContextManager:
