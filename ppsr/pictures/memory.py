@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from ppsr.errors import UserError
+from ppsr.ops import workspace
 
 __all__ = ['free_memory', 'gib', 'is_out_of_memory', 'measure_bytes_per_pixel', 'parse_size', 'used_memory']
 
@@ -96,7 +97,8 @@ def _room_of(group: Path, limit: str, used: str, cached: str) -> float:
 
 
 def release_heap() -> None:
-    """Hand freed memory back to the system, where the C library would keep it (glibc)."""
+    """Hand freed memory back to the system, where workspaces or the C library (glibc) would keep it."""
+    workspace.free()
     if sys.platform == 'linux':
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL('libc.so.6').malloc_trim(0)

@@ -113,3 +113,13 @@ def test_training_has_nothing_of_it(net):
     with workspace.reuse():  # nor have tensors without data
         assert workspace.empty(torch.empty(4, device='meta'), (8, 8)).device.type == 'meta'
     assert workspace.held() == 0
+
+
+@torch.no_grad()
+def test_the_measure_of_memory_begins_with_nothing_held(net):
+    from ppsr.pictures.memory import release_heap
+
+    net(*pictures(1))
+    assert workspace.held()
+    release_heap()
+    assert workspace.held() == 0
