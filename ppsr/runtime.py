@@ -1,7 +1,7 @@
 """Process-wide settings that the command line makes for itself. ``import ppsr`` alone touches nothing.
 
-- glibc's malloc hands large blocks back to the kernel at once, and every new tensor then pays for fresh pages; keeping
-  them makes CPU inference about twice as fast (docs/performance.md).
+- glibc's malloc hands large blocks back to the kernel at once, and every new tensor then pays for fresh pages: those of
+  PyTorch itself, since the kernels have workspaces (:mod:`ppsr.ops.workspace`).
 - Arithmetic on denormal numbers (tiny probabilities, tiny gradients) is microcoded on many CPUs: flushed to zero.
 
 ``PPSR_NO_TUNING=1`` leaves both as they are. Not a matter of speed, and always done: :func:`forbid_unpickling`.
