@@ -119,7 +119,9 @@ def report_side_by_side(arch: str, count: int, runs: int, sizes: Sequence[tuple[
         'files, frames/s',
         'side by side',
     ]
-    return table([*header, 'gain'], rows)
+    return '\n'.join(
+        [f'## Small pictures side by side, {arch} ×4, {count} frames', '', table([*header, 'gain'], rows), '']
+    )
 
 
 if __name__ == '__main__':

@@ -45,6 +45,12 @@ SECTIONS: dict[str, tuple[int, Callable[[Setting], str]]] = {
     'variants': (1, lambda s: forward.variants_report(*s.size, s.runs, s.backends[0])),
     'forward-v2': (3, lambda s: forward.report('ATDLightV2', *s.size, s.runs, s.backends, brief=True)),
     'frames': (3, lambda s: frames.report('ATDLight', 4, s.runs, [s.size] if s.quick else frames.SIZES)),
+    'frames-side-by-side': (
+        1,
+        lambda s: frames.report_side_by_side(
+            'ATDLight', *((2, s.runs, [s.size]) if s.quick else (64, s.runs, frames.SIZES[:2]))
+        ),
+    ),
     'training-step': (3, lambda s: train_step.report(*((1, 16) if s.quick else (4, 48)), s.runs, s.backends)),
     'memory': (
         1,
