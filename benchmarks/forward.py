@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ppsr.archs import ATDLight, ATDLightV2, MaskedNetwork, PPATDLight, PPATDLightV2
 from ppsr.archs.masked import SCOPES
-from ppsr.ops import dispatch, native
+from ppsr.ops import dispatch, native, use_backend
 
 PHOTOGRAPHS = ('astronaut', 'chelsea', 'coffee', 'rocket', 'motorcycle_left', 'hubble_deep_field')
 
@@ -78,6 +78,30 @@ def shares(net, lq: torch.Tensor, most: int = 12) -> str:
         for e in events[:most]
     ]
     return table(['operator', 'calls', 'time', 'share'], rows)
+
+
+@torch.no_grad()
+def where_report(height: int, width: int, runs: int, backend: str, most: int = 12) -> str:
+    """Time by operator of the dense network and of Pure-Pass with both attentions exempt, from torch's profiler."""
+    scope, name = ('category', 'window'), 'chelsea'
+    dense, pp = networks('ATDLight', scope)
+    lq = photograph(name, height, width)
+    _, mask = pp(lq, return_mask=True)
+    saved = 1 - sum(pp.macs(height, width, mask).values()) / sum(pp.macs(height, width).values())
+    times: list[dict[str, list[float]]] = [{}, {}]
+    for _ in range(runs):
+        for net, of in zip((dense, pp), times):
+            with use_backend(backend), profile(activities=[ProfilerActivity.CPU]) as prof:
+                net(lq)
+            for event in prof.key_averages():
+                of.setdefault(event.key, []).append(event.self_cpu_time_total / 1e3)
+    before, after = ({key: sum(found) / runs for key, found in of.items()} for of in times)
+    keys = sorted({*before, *after}, key=lambda key: -max(before.get(key, 0), after.get(key, 0)))[:most]
+    rows = [[f'`{key}`', f'{before.get(key, 0):.0f} ms', f'{after.get(key, 0):.0f} ms'] for key in keys]
+    rows.append(['all', *(f'{sum(of.values()):.0f} ms' for of in (before, after))])
+    title = f'## Where the time of Pure-Pass goes, {width}×{height} → ×4'
+    text = f'`{name}`, {mask.float().mean():.1%} pure, {saved:.1%} of the multiply-adds saved; means of {runs} runs:'
+    return '\n'.join([title, '', text, '', table(['operator', 'dense', 'AC-MSA and SW-MSA exempt'], rows), ''])
 
 
 def variants(dense: MaskedNetwork, lq: torch.Tensor, runs: int, best: str) -> str:

@@ -42,6 +42,7 @@ SECTIONS: dict[str, tuple[int, Callable[[Setting], str]]] = {
     'forward': (3, lambda s: forward.report('ATDLight', *s.size, s.runs, s.backends)),
     'savings': (5, lambda s: forward.savings_report(('category',), *s.size, s.runs, s.backends[0])),
     'savings-window': (5, lambda s: forward.savings_report(('category', 'window'), *s.size, s.runs, s.backends[0])),
+    'savings-where': (3, lambda s: forward.where_report(*s.size, s.runs, s.backends[0])),
     'variants': (1, lambda s: forward.variants_report(*s.size, s.runs, s.backends[0])),
     'forward-v2': (3, lambda s: forward.report('ATDLightV2', *s.size, s.runs, s.backends, brief=True)),
     'frames': (3, lambda s: frames.report('ATDLight', 4, s.runs, [s.size] if s.quick else frames.SIZES)),
