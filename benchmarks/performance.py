@@ -57,7 +57,7 @@ SECTIONS: dict[str, tuple[int, Callable[[Setting], str]]] = {
         1,
         lambda s: memory.report({'forward': ('forward', 1, *s.size)} if s.quick else memory.CASES, s.backends),
     ),
-    'peers': (3, lambda s: peers.report(*s.size, s.runs, 300, ['SPAN', peers.FLOOR] if s.quick else None)),
+    'peers': (3, lambda s: peers.report(*s.size, s.runs, 120, ['SPAN', peers.FLOOR] if s.quick else None)),
 }
 MADE = re.compile(r'<!-- begin (\S+) -->\nMade by .*? in ([\d.]+) minutes')
 
