@@ -140,4 +140,4 @@ def run_executorch(path: str | Path) -> tuple[str, Callable[[np.ndarray], list[n
     program = runtime.Runtime.get().load_program(Path(path))
     method = program.load_method('forward')
     name = f'ExecuTorch {importlib.metadata.version("executorch")}'
-    return name, lambda lq: [method.execute((torch.from_numpy(lq),))[0].numpy()]
+    return name, lambda lq: [method.execute((torch.from_numpy(np.ascontiguousarray(lq)),))[0].numpy()]
