@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,6 +175,22 @@ def test_executorch(tmp_path, capsys):
     save_checkpoint(path, lively(PPATDLight(**config)).state_dict(), {'type': 'PPATDLight', **config})
     assert main(['export', '--model-path', str(path), '-o', str(program), '--size', '21', '13', '--check']) == 0
     assert 'ExecuTorch' in (said := capsys.readouterr().out) and 'Equal' in said
+
+
+def test_ties_in_each_picture_leave_the_check_undecided(capsys):
+    """One picture without them decides; what is more than a tie is an error."""
+    from ppsr.cli.export import _report
+
+    def found(error, good=True):
+        return SimpleNamespace(error=error, good=good)
+
+    for comparisons, code, said in (
+        ([found(1e-3), found(1e-6)], 0, 'Equal to'),
+        ([found(1e-3), found(1e-3)], 1, 'Not decided'),
+        ([found(1e-6), found(1, good=False)], 1, 'NOT equal'),
+    ):
+        assert _report(comparisons) == code
+        assert capsys.readouterr().out.splitlines()[-1].startswith(said)
 
 
 @pytest.mark.parametrize('sides', [(13, 21), (16, 24)], ids=['cropped', 'whole'])
