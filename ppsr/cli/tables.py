@@ -43,8 +43,19 @@ def run(args: argparse.Namespace) -> int:
     from ppsr.paper.tables import make
 
     weights = args.weights or list(list_pretrained().values())
-    command = shlex.join(['ppsr', *sys.argv[1:]])
+    command = shlex.join(['ppsr', *_without_places(sys.argv[1:])])
     options = [Path(path) for path in args.opt]
     make(args.data, args.output, args.cache, weights, args.scales, options, args.ablations, command)
     print(f'{args.output}: written; begin with README.md.')
     return 0
+
+
+def _without_places(words: list[str]) -> list[str]:
+    """A command without where its files lie, which says nothing about the figures and is of one machine."""
+    kept, words = [], iter(words)
+    for word in words:
+        if word in ('-o', '--output', '--cache'):
+            next(words, None)
+        elif not word.startswith(('--output=', '--cache=')):
+            kept.append(word)
+    return kept

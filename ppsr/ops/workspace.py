@@ -62,7 +62,7 @@ def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
 
 def _take(size: int) -> torch.UntypedStorage | None:
     """The smallest block that is free and not much too large; or a new one, if there is room for it."""
-    free = [block for block in _blocks if _use_count(block._cdata) == 1]
+    free = _unused()
     fits = [block for block in free if size <= block.nbytes() <= 2 * size]
     if fits:
         block = min(fits, key=lambda block: block.nbytes())
@@ -83,13 +83,18 @@ def _drop(block: torch.UntypedStorage) -> None:
     del _blocks[next(i for i, other in enumerate(_blocks) if other is block)]
 
 
+def _unused() -> list[torch.UntypedStorage]:
+    """Blocks that no tensor lies in; who has waited longest comes first."""
+    return [block for block in _blocks if _use_count(block._cdata) == 1]
+
+
 def free() -> int:
     """Give back what nothing lies in; returns how many bytes."""
     with _lock:
-        free = [block for block in _blocks if _use_count(block._cdata) == 1]
-        for block in free:
+        unused = _unused()
+        for block in unused:
             _drop(block)
-        return sum(block.nbytes() for block in free)
+        return sum(block.nbytes() for block in unused)
 
 
 def held() -> int:

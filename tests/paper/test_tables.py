@@ -201,6 +201,25 @@ def test_weights_may_be_given_to_a_label(weights, tmp_path):
     assert tables.methods_of(2, [bare])[1].weights == bare
 
 
+def test_the_command_is_told_without_places_of_one_machine():
+    from ppsr.cli.tables import _without_places
+
+    words = [
+        'tables',
+        '--data',
+        'datasets',
+        '-o',
+        '/home/me/out',
+        '-opt',
+        'a.yml',
+        '--cache',
+        '/tmp/c.jsonl',
+        '--ablations',
+    ]
+    assert _without_places(words) == ['tables', '--data', 'datasets', '-opt', 'a.yml', '--ablations']
+    assert _without_places(['tables', '--cache=/tmp/c.jsonl', '--output=/home/me']) == ['tables']
+
+
 def test_all_files_are_written_and_say_what_is_missing(data, weights, tmp_path, capsys):
     output = tmp_path / 'tables'
     command = ['tables', '--data', str(data), '--weights', str(weights), '-o', str(output), '--scales', '2', '4']
