@@ -19,10 +19,6 @@ struct desk ppsr_set_up(const struct maps *m, void *scratch, int more) {
                          (float *)(list + 4 * room), more};
 }
 
-static void prefetch_floats(const float *x, int64_t floats) {
-    for (int64_t f = 0; f < floats; f += 16) __builtin_prefetch(x + f, 0, 2);
-}
-
 /* Part h of all heads of what the next group will read and write: rows that lie anywhere in the map. */
 static void prefetch(const struct maps *m, const struct group *next, int64_t h) {
     const int64_t c = m->channels, start = next->image * m->tokens;

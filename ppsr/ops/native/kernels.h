@@ -123,6 +123,11 @@ struct layer_kernels {
     void (*refine)(const struct dictionary *, int64_t begin, int64_t end, float *scratch, float *sums, float *weights);
 };
 
+/* Floats that lie side by side and will be read or written soon. */
+static inline void prefetch_floats(const float *x, int64_t floats) {
+    for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(x + i, 0, 2);
+}
+
 static inline int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 /* Room for the larger of the two directions. */

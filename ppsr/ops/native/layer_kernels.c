@@ -116,14 +116,10 @@ static NOT_INLINE void linear_part(int64_t n, int64_t depth, const float *x, con
             linear_panel(n, depth, x, part, panel, 0, first, NULL);
 }
 
-INLINE void prefetch(const float *x, int64_t floats) {
-    for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(x + i, 0, 2);
-}
-
 /* What will be read and written for a token of a part. */
 INLINE void prefetch_token(const struct part *part, int64_t token) {
-    for (int a = 0; a < 2 && part->add[a]; a++) prefetch(part->add[a] + token * part->stride, part->width);
-    prefetch(part->out + token * part->stride, part->width);
+    for (int a = 0; a < 2 && part->add[a]; a++) prefetch_floats(part->add[a] + token * part->stride, part->width);
+    prefetch_floats(part->out + token * part->stride, part->width);
 }
 
 /* Tokens of a part that wait until they are a chunk. */
@@ -152,9 +148,9 @@ static void linear(const struct linear *l, int64_t begin, int64_t end, float *sc
         }
         if (!most) continue;
         /* memory that is read in steps of a row, which the processor does not foresee */
-        prefetch(l->x + next * l->in, soon * l->in);
+        prefetch_floats(l->x + next * l->in, soon * l->in);
         for (int a = 0; a < 2 && l->part->add[a] && wanted[0] == n; a++)
-            prefetch(l->part->add[a] + next * l->part->stride, soon * l->part->stride);
+            prefetch_floats(l->part->add[a] + next * l->part->stride, soon * l->part->stride);
         const float *x = l->x + first * l->in;
         if (l->eps >= 0) {
             normalise(n, l->in, l->eps, x, scratch);
