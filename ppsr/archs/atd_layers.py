@@ -81,8 +81,8 @@ class WindowAttention(nn.Module):
         (B, H, W) do not ask, and `compensate` gives them something else before the projection"""
         return linear_add(compensate(self.attend(qkv, shift, pure)), self.proj, *add)
 
-    def attend(self, qkv: Tensor, shift: int, pure: Tensor | None = None) -> Tensor:
-        """:meth:`forward` up to the projection, zeros for pure tokens."""
+    def attend(self, qkv: Tensor, shift: int, pure: Tensor | None = None, fill: bool = True) -> Tensor:
+        """:meth:`forward` up to the projection, zeros for pure tokens, or anything (`fill`)."""
         return window_attention(
             qkv,
             self.relative_position_bias_table,
@@ -90,6 +90,7 @@ class WindowAttention(nn.Module):
             window_size=self.window_size,
             shift=shift,
             pure=pure,
+            fill=fill,
         )
 
     def macs(self, images: int, tokens: int, pure: int = 0) -> int:
@@ -158,8 +159,10 @@ class CategoryAttention(nn.Module):
             x = x.masked_scatter(~pure[..., None], self.proj(x[~pure]).to(x.dtype))
         return sum(add, start=x)
 
-    def attend(self, qkv: Tensor, category: Tensor, pure: Tensor | None, compensation: str) -> Tensor:
-        """:meth:`forward` up to the projection, pure tokens compensated in this way."""
+    def attend(
+        self, qkv: Tensor, category: Tensor, pure: Tensor | None, compensation: str, fill: bool = True
+    ) -> Tensor:
+        """:meth:`forward` up to the projection, pure tokens compensated in this way, or not at all (`fill`)."""
         return category_attention(
             qkv,
             category,
@@ -168,6 +171,7 @@ class CategoryAttention(nn.Module):
             category_size=self.category_size,
             pure=pure,
             compensation=compensation,
+            fill=fill,
         )
 
     @property
@@ -286,11 +290,11 @@ class AttentionLayer(ExemptingLayer):
             qkv, q = norm_linear(x, self.norm1, self.wqkv, self.attn_atd.wq)
         x_cross, category, similarity = self.attn_atd(q.flatten(1, 2), k, v)
         if far_too:
-            far = self.attn_aca.attend(qkv.flatten(1, 2), category, flat, 'zero')
+            far = self.attn_aca.attend(qkv.flatten(1, 2), category, flat, 'zero', fill=False)
             x_cross = linear_some(x_cross, far, self.attn_aca.proj, ~flat, x_cross).view(x.shape)
         else:
             x_cross = self.attn_aca(qkv.flatten(1, 2), category, None, x_cross).view(x.shape)
-        near = self.attn_win.attend(qkv, self.shift, pure)
+        near = self.attn_win.attend(qkv, self.shift, pure, fill=False)
         out = linear_stand_in(empty(x, x.shape), pure, x, self.norm1, *stand_in[:2], x, x_cross, **stand_in.seen())
         return linear_some(out, near, self.attn_win.proj, asking, x, x_cross), category, similarity
 

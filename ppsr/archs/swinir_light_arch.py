@@ -94,7 +94,7 @@ class SwinBlock(ExemptingLayer):
         computed for the others alone, keys and values where one of those may read them."""
         asking, heard = ~pure, of_windows_that_ask(pure, self.attn.window_size, self.shift)
         qkv, _ = norm_linear_some(x, self.norm1, self.attn.qkv, None, asking, heard)
-        near = self.attn.attend(qkv, self.shift, pure)
+        near = self.attn.attend(qkv, self.shift, pure, fill=False)
         out = linear_stand_in(empty(x, x.shape), pure, x, self.norm1, *stand_in[:2], x, **stand_in.seen())
         return linear_some(out, near, self.attn.proj, asking, x)
 

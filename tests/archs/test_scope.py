@@ -1,6 +1,7 @@
 """Window attention in the scope of Pure-Pass: what pure tokens get instead, what it costs, which files fit."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -10,12 +11,12 @@ from flop_counter import flop_counter
 from PIL import Image
 from support import TINY
 
-from ppsr.archs import ATDLight, ATDLightV2, PPATDLight, PPATDLightV2
+from ppsr.archs import ATDLight, ATDLightV2, PPATDLight, PPATDLightV2, PPSwinIRLight
 from ppsr.archs.build import build_network, config_from
 from ppsr.archs.window_compensation import WINDOW_COMPENSATIONS
 from ppsr.cli import main
 from ppsr.errors import UserError
-from ppsr.ops import use_backend
+from ppsr.ops import use_backend, workspace
 from ppsr.ops.stand_in import mean5
 from ppsr.weights import load_model, save_checkpoint
 
@@ -133,6 +134,22 @@ def test_all_that_pure_tokens_get_in_one_product_is_what_each_attention_gives(co
     with torch.no_grad():
         torch.testing.assert_close(net.float()(lq.float()).double(), each, atol=2e-3, rtol=0)
         assert layer.kept._kept is not None
+
+
+@pytest.mark.parametrize('arch', [PPATDLight, PPATDLightV2, PPSwinIRLight])
+def test_nobody_reads_what_nobody_wrote(arch, monkeypatch):
+    def full_of_nan(like, shape, dtype=None):
+        dtype = dtype or like.dtype
+        return torch.full(shape, float('nan') if dtype.is_floating_point else -1, dtype=dtype)
+
+    sizes = TINY if arch is not PPSwinIRLight else {key: TINY[key] for key in ('embed_dim', 'depths', 'num_heads')}
+    net, lq = arch(**sizes | {'window_size': 8}, pp_scope=list(arch.scopes)).eval(), batch()
+    with torch.no_grad():
+        expected = net(lq)
+        for name, module in list(sys.modules.items()):
+            if name.startswith('ppsr.') and getattr(module, 'empty', None) is workspace.empty:
+                monkeypatch.setattr(module, 'empty', full_of_nan)
+        assert torch.equal(net(lq), expected)
 
 
 def test_what_is_put_together_follows_the_weights():

@@ -234,6 +234,17 @@ def test_non_contiguous_inputs(backend):
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
+def test_without_filling_the_others_get_the_same(backend):
+    qkv, scale, category, pure = category_inputs((2, 40, 2, 4, 8, 3, 0.4))
+    with use_backend(backend):
+        filled, not_filled = (
+            category_attention(qkv, category, scale, num_heads=2, category_size=8, pure=pure, fill=fill)
+            for fill in (True, False)
+        )
+    assert torch.equal(filled[~pure], not_filled[~pure])
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('share', [None, 0.3])
 def test_category_opcheck(backend, share):
     qkv, scale, category, pure = category_inputs((2, 13, 2, 4, 4, 3, share))

@@ -248,6 +248,17 @@ def test_images_of_unlike_purity(backend):
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
+def test_without_filling_the_others_get_the_same(backend):
+    case = (2, 16, 24, 2, 4, 8, 4)
+    qkv, table = window_inputs(case)
+    pure = mask(qkv, 0.5)
+    with use_backend(backend):
+        sizes = dict(num_heads=2, window_size=8, shift=4, pure=pure)
+        filled, not_filled = (window_attention(qkv, table, fill=fill, **sizes) for fill in (True, False))
+    assert torch.equal(filled[~pure], not_filled[~pure])
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
 def test_the_query_of_a_pure_token_reaches_nobody(backend):
     case = (1, 16, 16, 2, 4, 8, 4)
     qkv, table = window_inputs(case)

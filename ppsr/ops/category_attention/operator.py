@@ -5,9 +5,10 @@ backward, registered with torch.library (meta, autograd, FLOP formula), so that 
 activation checkpointing see one operator. An implementation runs below autograd, so every backend brings its backward.
 
 What the two operators pass on, beside the arguments that :func:`category_attention` explains: ``keep``, whether a pure
-token gets its value vector or zeros; ``lse`` (B, h, N) float32 (float64 for float64), the natural logarithm of the sum
-of each token's exp(logit); ``order`` (B, N) int32, the tokens in sorted order, the pure ones last; ``counts`` (B,)
-int32, how many are active. lse of a pure token is not read. A backward may be given another backend's forward.
+token gets its value vector or zeros (``fill``: if anything); ``lse`` (B, h, N) float32 (float64 for float64), the
+natural logarithm of the sum of each token's exp(logit); ``order`` (B, N) int32, the tokens in sorted order, the pure
+ones last; ``counts`` (B,) int32, how many are active. lse of a pure token is not read. A backward may be given another
+backend's forward.
 """
 
 import torch
@@ -26,13 +27,20 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 @torch.library.custom_op('ppsr::category_attention', mutates_args=())
 def _forward(
-    qkv: Tensor, category: Tensor, pure: Tensor | None, scale: Tensor, num_heads: int, category_size: int, keep: bool
+    qkv: Tensor,
+    category: Tensor,
+    pure: Tensor | None,
+    scale: Tensor,
+    num_heads: int,
+    category_size: int,
+    keep: bool,
+    fill: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return select('category_attention', qkv).forward(qkv, category, pure, scale, num_heads, category_size, keep)
+    return select('category_attention', qkv).forward(qkv, category, pure, scale, num_heads, category_size, keep, fill)
 
 
 @_forward.register_fake
-def _(qkv, category, pure, scale, num_heads, category_size, keep):
+def _(qkv, category, pure, scale, num_heads, category_size, keep, fill=True):
     batch, n, c3 = qkv.shape
     out = qkv.new_empty(batch, n, c3 // 3)
     lse = qkv.new_empty(batch, num_heads, n, dtype=torch.float64 if qkv.dtype == torch.float64 else torch.float32)
@@ -64,7 +72,7 @@ def _(grad_out, qkv, out, lse, order, counts, scale, num_heads, category_size, k
 
 
 def _setup_context(ctx, inputs, output):
-    qkv, _, _, scale, ctx.num_heads, ctx.category_size, ctx.keep = inputs
+    qkv, _, _, scale, ctx.num_heads, ctx.category_size, ctx.keep, _ = inputs
     ctx.save_for_backward(qkv, *output, scale)
     ctx.mark_non_differentiable(*output[1:])
 
@@ -74,7 +82,7 @@ def _autograd(ctx, grad_out, *_):
     grad_qkv, grad_scale = torch.ops.ppsr.category_attention_backward(
         grad_out.contiguous(), qkv, out, lse, order, counts, scale, ctx.num_heads, ctx.category_size, ctx.keep
     )
-    return grad_qkv, None, None, grad_scale, None, None, None
+    return grad_qkv, None, None, grad_scale, None, None, None, None
 
 
 torch.library.register_autograd('ppsr::category_attention', _autograd, setup_context=_setup_context)
@@ -116,6 +124,7 @@ def category_attention(
     category_size: int,
     pure: Tensor | None = None,
     compensation: str = 'value',
+    fill: bool = True,
 ) -> Tensor:
     """Self-attention among the active tokens of like category (ATD, sec. 3.3; Pure-Pass exempts the pure tokens).
 
@@ -132,9 +141,11 @@ def category_attention(
         category_size: size of a group, g above.
         pure: (B, N) bool, True = exempt, or None when no token is.
         compensation: what a pure token gets: 'value' and 'bypass' give its own value vector, 'zero' gives zeros.
+        fill: whether pure tokens have to get that; False saves writing it where nobody will read it.
 
     Returns:
-        (B, N, C), dtype of qkv, tokens in their original order, not yet projected.
+        (B, N, C), dtype of qkv, tokens in their original order, not yet projected; without `fill` the rows of pure
+        tokens hold anything.
 
     Raises:
         ValueError: a shape, dtype, device or value that does not fit; the message names it.
@@ -164,4 +175,4 @@ def category_attention(
     keep = compensation != 'zero'
     # backends get rows side by side in memory; no copy for the output of a linear layer
     qkv = qkv.contiguous()
-    return torch.ops.ppsr.category_attention(qkv, category, pure, scale, num_heads, category_size, keep)[0]
+    return torch.ops.ppsr.category_attention(qkv, category, pure, scale, num_heads, category_size, keep, fill)[0]

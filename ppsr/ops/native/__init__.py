@@ -38,9 +38,9 @@ LIBRARY = Path(__file__).with_name('libppsr.so')
 
 # Tensors, then sizes, the last of which is the number of threads.
 _SIGNATURES = {
-    'ppsr_window_forward': 5 * [c_void_p] + 8 * [c_int64],
+    'ppsr_window_forward': 5 * [c_void_p] + 9 * [c_int64],
     'ppsr_window_backward': 8 * [c_void_p] + 8 * [c_int64],
-    'ppsr_category_forward': [*3 * [c_void_p], c_float, *4 * [c_void_p], *7 * [c_int64]],
+    'ppsr_category_forward': [*3 * [c_void_p], c_float, *4 * [c_void_p], *8 * [c_int64]],
     'ppsr_category_backward': [*6 * [c_void_p], c_float, c_void_p, POINTER(c_double), *7 * [c_int64]],
     'ppsr_linear': [*13 * [c_void_p], c_float, *7 * [c_int64]],
     'ppsr_linear_some': [*13 * [c_void_p], c_float, *6 * [c_int64]],

@@ -134,10 +134,10 @@ static void free_categories(struct categories *c) {
 
 /* qkv (batch, tokens, 3 channels), category (batch, tokens), pure (batch, tokens) or NULL -> out (batch, tokens,
  * channels), lse (batch, heads, tokens), order (batch, tokens), counts (batch). keep: a pure token gets its own value,
- * else zeros. Returns 0, or -1 if there is not enough memory. */
+ * else zeros; fill: write that. Returns 0, or -1 if there is not enough memory. */
 int ppsr_category_forward(const float *qkv, const int64_t *category, const uint8_t *pure, float scale, float *out,
                           float *lse, int32_t *order, int32_t *counts, int64_t batch, int64_t tokens, int64_t channels,
-                          int64_t heads, int64_t size, int64_t keep, int64_t threads) {
+                          int64_t heads, int64_t size, int64_t keep, int64_t fill, int64_t threads) {
     struct categories c = {.maps = {batch, tokens, channels, heads, .qkv = qkv, .out = out, .lse = lse},
                            .size = size, .keep = keep, .scale = scale, .category = category, .pure = pure,
                            .order = order, .counts = counts};
@@ -145,7 +145,7 @@ int ppsr_category_forward(const float *qkv, const int64_t *category, const uint8
     int failed = ppsr_for_each(batch, threads, 0, &c, sort_task);
     for (int64_t b = 0; b < batch && !failed; b++)
         if (counts[b] < 0) failed = -1;
-    if (!failed && pure) failed = ppsr_for_each(batch * SHARES, threads, 0, &c, pure_task);
+    if (!failed && pure && fill) failed = ppsr_for_each(batch * SHARES, threads, 0, &c, pure_task);
     if (!failed) failed = attend_groups(&c, threads);
     free_categories(&c);
     return failed;

@@ -30,7 +30,7 @@ enum { SHAPES = 9 };
 
 struct windows {
     struct maps maps;
-    int64_t height, width, size, shift;
+    int64_t height, width, size, shift, fill;
     int64_t rows, columns; /* of the grid of rectangles */
     struct shape shape[SHAPES];
     int shapes;
@@ -212,7 +212,7 @@ static void attend_rectangle(const struct windows *w, int64_t number, float *gra
                             .bias = w->bias + s->offset, .bias_start = s->start, .bias_step = s->floats,
                             .grad_bias = grad_bias ? grad_bias + s->offset : NULL};
     if (desk->group.queries) ppsr_attend(&w->maps, desk, &extras);
-    if (desk->group.asking < desk->group.keys) clear_pure(&w->maps, &desk->group);
+    if (w->fill && desk->group.asking < desk->group.keys) clear_pure(&w->maps, &desk->group);
 }
 
 static void window_forward_task(void *context, int64_t task, int more, void *scratch) {
@@ -233,13 +233,15 @@ static void window_backward_task(void *context, int64_t chunk, int more, void *s
     }
 }
 
-/* qkv (batch, height, width, 3 channels), table ((2 size - 1)^2, heads), pure (batch, height, width) or NULL -> out (batch, height, width, channels), lse
- * (batch, heads, height, width). Returns 0, or -1 if there is not enough memory. */
-int ppsr_window_forward(const float *qkv, const float *table, const uint8_t *pure, float *out, float *lse, int64_t batch, int64_t height,
-                        int64_t width, int64_t channels, int64_t heads, int64_t size, int64_t shift, int64_t threads) {
+/* qkv (batch, height, width, 3 channels), table ((2 size - 1)^2, heads), pure (batch, height, width) or NULL -> out
+ * (batch, height, width, channels), lse (batch, heads, height, width); fill: with zeros where a token is pure. Returns 0,
+ * or -1 if there is not enough memory. */
+int ppsr_window_forward(const float *qkv, const float *table, const uint8_t *pure, float *out, float *lse,
+                        int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t heads, int64_t size,
+                        int64_t shift, int64_t fill, int64_t threads) {
     struct windows w = {.maps = {batch, height * width, channels, heads, .qkv = qkv, .out = out, .lse = lse, .pure = pure,
                                  .most = size * size},
-                        .height = height, .width = width, .size = size, .shift = shift};
+                        .height = height, .width = width, .size = size, .shift = shift, .fill = fill};
     ppsr_expect(out, batch * height * width * channels);
     int failed = plan_windows(&w) || plan_offsets(&w, table) ? -1 : 0;
     if (!failed) {

@@ -15,10 +15,10 @@ from ppsr.ops.workspace import empty
 __all__ = ['backward', 'forward']
 
 
-def forward(qkv, bias_table, pure, num_heads, window_size, shift):
+def forward(qkv, bias_table, pure, num_heads, window_size, shift, fill):
     batch, h, w, c3 = qkv.shape
     out, lse = empty(qkv, (batch, h, w, c3 // 3)), empty(qkv, (batch, num_heads, h, w))
-    sizes = batch, h, w, c3 // 3, num_heads, window_size, shift
+    sizes = batch, h, w, c3 // 3, num_heads, window_size, shift, fill
     pure = pure.contiguous() if pure is not None else None
     call('ppsr_window_forward', qkv.contiguous(), bias_table.float().contiguous(), pure, out, lse, *sizes)
     return out, lse

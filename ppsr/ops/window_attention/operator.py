@@ -19,13 +19,19 @@ __all__ = ['attention_macs', 'window_attention']
 
 @torch.library.custom_op('ppsr::window_attention', mutates_args=())
 def _forward(
-    qkv: Tensor, bias_table: Tensor, pure: Tensor | None, num_heads: int, window_size: int, shift: int
+    qkv: Tensor,
+    bias_table: Tensor,
+    pure: Tensor | None,
+    num_heads: int,
+    window_size: int,
+    shift: int,
+    fill: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    return select('window_attention', qkv).forward(qkv, bias_table, pure, num_heads, window_size, shift)
+    return select('window_attention', qkv).forward(qkv, bias_table, pure, num_heads, window_size, shift, fill)
 
 
 @_forward.register_fake
-def _(qkv, bias_table, pure, num_heads, window_size, shift):
+def _(qkv, bias_table, pure, num_heads, window_size, shift, fill=True):
     batch, h, w, c3 = qkv.shape
     out = qkv.new_empty(batch, h, w, c3 // 3)
     wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
@@ -54,7 +60,7 @@ def _(grad_out, qkv, out, lse, bias_table, pure, num_heads, window_size, shift):
 
 
 def _setup_context(ctx, inputs, output):
-    qkv, bias_table, pure, ctx.num_heads, ctx.window_size, ctx.shift = inputs
+    qkv, bias_table, pure, ctx.num_heads, ctx.window_size, ctx.shift, _ = inputs
     ctx.save_for_backward(qkv, *output, bias_table, pure)
     ctx.mark_non_differentiable(output[1])
 
@@ -64,7 +70,7 @@ def _autograd(ctx, grad_out, _):
     grad_qkv, grad_table = torch.ops.ppsr.window_attention_backward(
         grad_out.contiguous(), qkv, out, lse, bias_table, pure, ctx.num_heads, ctx.window_size, ctx.shift
     )
-    return grad_qkv, grad_table, None, None, None, None
+    return grad_qkv, grad_table, None, None, None, None, None
 
 
 torch.library.register_autograd('ppsr::window_attention', _autograd, setup_context=_setup_context)
@@ -100,6 +106,7 @@ def window_attention(
     window_size: int,
     shift: int = 0,
     pure: Tensor | None = None,
+    fill: bool = True,
 ) -> Tensor:
     """Self-attention inside the windows of a map (Swin, sec. 3.2; ATD uses it as SW-MSA).
 
@@ -119,9 +126,12 @@ def window_attention(
         window_size: side of a window.
         shift: 0 ≤ shift < window_size.
         pure: (B, H, W) bool, True = asks nothing, or None when every token asks.
+        fill: whether there have to be zeros in the rows of the pure tokens; False saves writing them where nobody will
+            read them.
 
     Returns:
-        (B, H, W, C), dtype of qkv, tokens where they were, not yet projected; zeros for the pure ones.
+        (B, H, W, C), dtype of qkv, tokens where they were, not yet projected; for the pure ones zeros, or without
+        `fill` anything.
 
     Raises:
         ValueError: a shape, dtype, device or value that does not fit; the message names it.
@@ -149,4 +159,4 @@ def window_attention(
             f'got {pure.dtype} {tuple(pure.shape)} on {pure.device}'
         )
     # backends get rows side by side in memory; no copy for the output of a linear layer
-    return torch.ops.ppsr.window_attention(qkv.contiguous(), bias_table, pure, num_heads, window_size, shift)[0]
+    return torch.ops.ppsr.window_attention(qkv.contiguous(), bias_table, pure, num_heads, window_size, shift, fill)[0]
