@@ -2,13 +2,14 @@
 
 Large blocks come from the kernel page by page when malloc hands them out, and go back when they are freed: at 320×180 a
 forward pass spends a tenth of its time on that. Inside of :func:`reuse`, what the CPU kernels write comes from here
-instead. A block is taken again when no tensor lies in it any more, whoever held the last one: nothing that a caller
-keeps is ever overwritten. All of it may be used by several threads at once.
+instead. A block is taken again when nobody holds it any more, neither a tensor that lies in it nor its storage, and no
+other process sees it: nothing that anybody keeps is ever overwritten. All of it may be used by several threads at once.
 """
 
 import contextlib
 import math
 import os
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -26,13 +27,29 @@ _lock = threading.Lock()
 _state = threading.local()
 
 
-def _renew_lock() -> None:
+def _begin_anew() -> None:
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.Lock()  # a child must not wait for a thread that it does not have
+    _blocks.clear()  # nor keep what such a thread will never let go
 
 
-if hasattr(os, 'register_at_fork'):  # a child must not wait for a thread that it does not have
-    os.register_at_fork(after_in_child=_renew_lock)
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_begin_anew)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[bool]:
+    """Nobody else changes the blocks meanwhile; False: the calling thread itself was interrupted doing so, by a signal
+    handler or a finalizer, and must leave them as they are."""
+    if getattr(_state, 'inside', False):
+        yield False
+        return
+    _state.inside = True
+    try:
+        with _lock:
+            yield True
+    finally:
+        _state.inside = False
 
 
 @contextlib.contextmanager
@@ -52,8 +69,8 @@ def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
     real = type(like) is Tensor and like.device.type == 'cpu'  # and none that only has a shape
     if not (getattr(_state, 'on', False) and real and size >= LEAST and _use_count):
         return like.new_empty(shape, dtype=dtype)
-    with _lock:
-        block = _take(size)
+    with _alone() as alone:
+        block = _take(size) if alone else None
         if block is None:
             return like.new_empty(shape, dtype=dtype)
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
@@ -83,15 +100,23 @@ def _drop(block: torch.UntypedStorage) -> None:
     del _blocks[next(i for i, other in enumerate(_blocks) if other is block)]
 
 
+ALONE = [sys.getrefcount(block) for block in [torch.UntypedStorage(0)]][0]  # where a list alone holds it
+
+
 def _unused() -> list[torch.UntypedStorage]:
-    """Blocks that no tensor lies in; who has waited longest comes first."""
-    return [block for block in _blocks if _use_count(block._cdata) == 1]
+    """Blocks that nobody holds; who has waited longest comes first. Those that another process may see leave: a tensor
+    that was sent is read there when it is gone here."""
+    unused = [block for block in _blocks if _use_count(block._cdata) == 1 and sys.getrefcount(block) == ALONE]
+    for block in unused:
+        if block.is_shared():
+            _drop(block)
+    return [block for block in unused if not block.is_shared()]
 
 
 def free() -> int:
-    """Give back what nothing lies in; returns how many bytes."""
-    with _lock:
-        unused = _unused()
+    """Give back what nobody holds; returns how many bytes."""
+    with _alone() as alone:
+        unused = _unused() if alone else []
         for block in unused:
             _drop(block)
         return sum(block.nbytes() for block in unused)
@@ -99,5 +124,5 @@ def free() -> int:
 
 def held() -> int:
     """Bytes that are kept, used or not."""
-    with _lock:
+    with _alone():  # or in between, which is as good
         return sum(block.nbytes() for block in _blocks)

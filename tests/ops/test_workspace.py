@@ -1,7 +1,10 @@
 """Memory that inference uses again."""
 
+import os
+import signal
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -123,3 +126,83 @@ def test_the_measure_of_memory_begins_with_nothing_held(net):
     assert workspace.held()
     release_heap()
     assert workspace.held() == 0
+
+
+def sevens():
+    with workspace.reuse():
+        return workspace.empty(torch.empty(0), (1000,)).fill_(7)
+
+
+HOLDERS = {  # what may be all that is left of a tensor, and the numbers in it
+    'view': (lambda t: t[3:10], lambda view: view),
+    'detached': (lambda t: t.detach(), lambda tensor: tensor),
+    'other dtype': (lambda t: t.view(torch.int32), lambda tensor: tensor.view(torch.float32)),
+    'numpy': (lambda t: t.numpy()[::2], torch.as_tensor),
+    'memoryview': (lambda t: memoryview(t.numpy()), np.asarray),
+    'dlpack': (torch.utils.dlpack.to_dlpack, torch.utils.dlpack.from_dlpack),
+    'storage': (lambda t: t.untyped_storage(), lambda storage: torch.empty(0).set_(storage, 0, (1000,), (1,))),
+    'shared': (lambda t: t.share_memory_()[:3], lambda view: view),
+}
+
+
+@pytest.mark.parametrize('name', HOLDERS)
+def test_memory_is_not_used_again_while_anything_holds_it(name):
+    keep, read = HOLDERS[name]
+    kept = keep(sevens())
+    with workspace.reuse():
+        workspace.empty(torch.empty(0), (1000,)).fill_(9)
+    assert (torch.as_tensor(read(kept)) == 7).all()
+    del kept
+    workspace.free()
+    assert workspace.held() == 0
+
+
+def test_memory_that_an_autograd_graph_keeps_is_not_used_again():
+    factor = torch.ones(1, requires_grad=True)
+    product = (sevens() * factor).sum()
+    with workspace.reuse():
+        workspace.empty(torch.empty(0), (1000,)).fill_(9)
+    product.backward()
+    assert factor.grad == 7000
+
+
+def test_what_another_process_reads_is_not_overwritten():
+    """A tensor that was sent lives on where it was received."""
+    tensor = sevens()
+    handle = tensor.share_memory_().untyped_storage()._share_fd_cpu_()  # what a torch.multiprocessing queue sends
+    there = torch.UntypedStorage._new_shared_fd_cpu(*handle)
+    del tensor
+    with workspace.reuse():
+        workspace.empty(torch.empty(0), (1000,)).fill_(9)
+    assert (torch.empty(0).set_(there, 0, (1000,), (1,)) == 7).all()
+
+
+def test_an_interruption_that_asks_for_memory_does_not_wait_for_itself(monkeypatch):
+    """A signal handler or a finalizer may run in the middle of it, in the same thread."""
+    sevens()
+    use_count, found = workspace._use_count, []
+
+    def interrupted(address):
+        if len(found) < 3:
+            found.append(1)
+            found.append((workspace.free(), workspace.held() > 0, sevens()))
+        return use_count(address)
+
+    monkeypatch.setattr(workspace, '_use_count', interrupted)
+    one = sevens()
+    assert found[1][:2] == (0, True) and found[1][2].data_ptr() != one.data_ptr()
+    del one
+    assert workspace.free() > 0  # as before
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork here')
+def test_a_forked_process_begins_anew():
+    kept = sevens()
+    with workspace._lock:  # as if another thread held it
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)
+            held, other = workspace.held(), sevens()
+            right = held == 0 and (kept == 7).all() and other.data_ptr() != kept.data_ptr()
+            os._exit(0 if right and workspace.held() > 0 else 1)
+    assert os.waitpid(pid, 0)[1] == 0 and workspace.held() > 0
