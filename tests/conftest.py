@@ -12,6 +12,7 @@ from support import TINY
 
 import ppsr  # noqa: F401, registers archs and models
 from ppsr.ops import native
+from ppsr.pictures import side_by_side
 
 hypothesis.settings.register_profile('ppsr', deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile('ppsr')
@@ -46,6 +47,27 @@ def _own_logger():
 def tiny() -> dict:
     """Constructor arguments of a network that runs in milliseconds (the one of golden_tiny_x2)."""
     return dict(TINY)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def pools(monkeypatch):
+    """Numbers of threads that were started for small pictures."""
+    seen, pool = [], side_by_side.ThreadPoolExecutor
+
+    def watched(workers, *args, **kwargs):
+        seen.append(workers)
+        return pool(workers, *args, **kwargs)
+
+    monkeypatch.setattr(side_by_side, 'ThreadPoolExecutor', watched)
+    return seen
 
 
 @pytest.fixture(params=['baseline', 'avx2', 'avx512'])

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from ppsr.ops import native
+from ppsr.pictures import side_by_side
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = REPOSITORY / 'tests' / 'golden'
 TINY = dict(
@@ -17,6 +20,9 @@ TINY = dict(
     reducted_dim=4,
     convffn_kernel_size=5,
     upscale=2,
+)
+needs_kernels = pytest.mark.skipif(
+    native.unavailable_reason() is not None or side_by_side._runtime() is None, reason='compiled kernels and OpenMP'
 )
 
 

@@ -1,8 +1,9 @@
 """Small pictures side by side: a thread with one core for each, instead of all cores on one picture after another.
 
-Between two parallel loops of a network all cores but one wait, and while a picture is read or written, too. That is a
-larger share the smaller the picture is (``benchmarks/frames.py``). Results are those of single calls, bit for bit: no
-kernel's result depends on how many threads it runs on, and a picture that is small enough is never cut.
+:func:`groups` and :func:`stream` say where that pays, :func:`in_order` does it. Between two parallel loops of a network
+all cores but one wait, and while a picture is read or written, too. That is a larger share the smaller the picture is
+(``benchmarks/frames.py``). Results are those of single calls, bit for bit: no kernel's result depends on how many
+threads it runs on, and a picture that is small enough is never cut.
 """
 
 import itertools
@@ -19,7 +20,7 @@ from ppsr.ops import dispatch, native
 from ppsr.pictures.bands import working_bytes
 from ppsr.pictures.tile_choice import SURELY_ENOUGH
 
-__all__ = ['SMALL', 'groups', 'in_order']
+__all__ = ['SMALL', 'groups', 'in_order', 'stream']
 
 SMALL = 240 * 135  # input pixels up to which it pays on two cores, measured
 WRITER_BYTES = 32  # per output pixel: the result in any dtype, and the copies of Pillow and the WebP encoder
@@ -43,13 +44,27 @@ def groups(
     for small, run in itertools.groupby(items, lambda item: _is_small(size(item))):
         run = list(run)
         workers = _workers(upscaler, {size(item) for item in run}, held) if small else 1
-        # all cores on each of the last ones make them faster than half of the cores or fewer on one each
         rest = len(run) % workers
-        rest = rest if 2 * rest <= workers else 0
+        rest = rest if _too_few(rest, workers) else 0
         if len(run) > rest:
             yield run[: len(run) - rest], min(workers, len(run))
         if rest:
             yield run[len(run) - rest :], 1
+
+
+def stream(upscaler, items: Iterable[T], size: Size, each: float = 0) -> tuple[Iterator[T], int]:
+    """The same for pictures of one size of which nobody knows how many come: (items, number of threads).
+
+    As many items as there are threads are taken for that.
+
+    Args:
+        each: bytes that the caller will hold for each thread.
+    """
+    items = iter(items)
+    workers = _workers(upscaler, {size}, 0, each) if _is_small(size) else 1
+    first = list(itertools.islice(items, workers))
+    threads = 1 if _too_few(len(first), workers) else len(first)
+    return itertools.chain(first, items), threads
 
 
 def in_order(
@@ -93,14 +108,19 @@ def _is_small(size: Size | None) -> bool:
     return size is not None and size[0] * size[1] <= SMALL
 
 
-def _workers(upscaler, sizes: Iterable[Size], held: float) -> int:
+def _too_few(count: int, workers: int) -> bool:
+    """Whether all cores on one after another make so few faster than one core on each, half of them idle."""
+    return 2 * count <= workers
+
+
+def _workers(upscaler, sizes: Iterable[Size], held: float, each: float = 0) -> int:
     """How many pictures at once: the cores that torch uses, as far as memory suffices for uncut pictures."""
     threads = torch.get_num_threads()
     if threads == 1 or not _same_in_one_thread(upscaler) or _runtime() is None:
         return 1
     room = upscaler.memory_budget() - held
-    workers = min(threads, int(room // max(_bytes(upscaler, size) for size in sizes)))
-    return workers if 2 * workers > threads else 1  # or half of the cores would have nothing to do
+    workers = min(threads, int(room // (max(_bytes(upscaler, size) for size in sizes) + each)))
+    return 1 if _too_few(workers, threads) else workers
 
 
 def _same_in_one_thread(upscaler) -> bool:

@@ -5,12 +5,13 @@ in runs that need no frame of another run; each run is a file in a hidden folder
 they are put into the output together with the streams that are copied.
 """
 
+import contextlib
 import itertools
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from ppsr.errors import UserError
 from ppsr.extras import need
 from ppsr.images import atomic_file
+from ppsr.pictures import side_by_side
 from ppsr.pictures.upscaler import Upscaler
 from ppsr.tiling import RepeatedTiles, count_tiles
 from ppsr.version import __version__
@@ -33,6 +35,7 @@ __all__ = ['SEGMENT', 'VideoStats', 'check_video', 'upscale_video']
 
 SEGMENT = 96  # frames of a run: a few minutes of work without a GPU, a few seconds of video
 HELD = 5  # arrays of the size of a result that are held at once: the result twice, as tiles, and on its way to planes
+MOST_REPEATED = 96  # frames of one picture that are handed on together: a long still is not read to its end first
 
 
 @dataclass
@@ -213,8 +216,8 @@ class _Job:
 
         channels = 1 if first.layout.kind == 'gray' else 3
         shape = (*self.input_size, channels)
-        held = HELD * 4 * channels * self.output_size[0] * self.output_size[1]
-        tile = upscaler.for_frames(shape, held).tile
+        self.held = HELD * 4 * channels * self.output_size[0] * self.output_size[1]
+        tile = upscaler.for_frames(shape, self.held).tile
         self.key = {
             'input': describe_file(video.path),
             'network': describe_network(upscaler.net),
@@ -224,7 +227,7 @@ class _Job:
             'versions': [__version__, video.av.__version__, video.av.library_versions],
         }
         self.work = Work(target, self.key, {'tile': tile})
-        self._make_frames = lambda tile: upscaler.for_frames(shape, held, tile)
+        self._make_frames = lambda tile: upscaler.for_frames(shape, self.held, tile)
 
     def _why_empty(self) -> str:
         path, length = self.video.path, self.video.duration
@@ -288,18 +291,19 @@ class _Job:
 
     def _enlarge(self, work: Work, stats: VideoStats, done: int, bar) -> None:
         """Encode what is not yet done, run by run."""
-        enlarged = _Enlarged(self, self._make_frames(work.chosen['tile']), bar)
+        enlarged = _Enlarged(self, self._make_frames(work.chosen['tile']), self.held, bar)
         frames = itertools.islice(self.frames, stats.resumed, None)
-        for index in itertools.count(done):
-            run = list(itertools.islice(frames, 1))
-            if not run:
-                return
-            context = self.encoder.open(*self._settings())
-            rest = itertools.islice(frames, self.segment - 1)
-            packets = self.encoder.encode(context, enlarged(itertools.chain(run, rest)))
-            about = enlarged.taken()
-            work.write(index, packets, about)
-            self._count(stats, about)
+        with contextlib.closing(enlarged(frames)) as results:
+            for index in itertools.count(done):
+                run = list(itertools.islice(results, 1))
+                if not run:
+                    return
+                context = self.encoder.open(*self._settings())
+                rest = itertools.islice(results, self.segment - 1)
+                packets = self.encoder.encode(context, itertools.chain(run, rest))
+                about = enlarged.taken()
+                work.write(index, packets, about)
+                self._count(stats, about)
 
     @staticmethod
     def _count(stats: VideoStats, about: dict) -> None:
@@ -307,15 +311,41 @@ class _Job:
             setattr(stats, name, getattr(stats, name) + value)
 
 
-class _Enlarged:
-    """Enlarges frames, and counts."""
+@dataclass
+class _Shown:
+    """A picture, and the frames that show it one after another.
 
-    def __init__(self, job: _Job, upscaler: Upscaler, bar):
-        self.job, self.upscaler, self.bar = job, upscaler, bar
+    Attributes:
+        rgb: as of :meth:`ppsr.video.source.Frame.rgb`, until it is enlarged; None = further frames of the one before.
+        times: (pts, duration) of each frame.
+        error: what came instead of a frame, to be raised in its turn.
+        planes: of the result, for the encoder.
+        counted: of the first frame.
+        tiles: of one frame.
+    """
+
+    rgb: np.ndarray | None = None
+    times: list[tuple[int, int]] = field(default_factory=list)
+    error: Exception | None = None
+    planes: list[np.ndarray] | None = None
+    counted: VideoStats | None = None
+    tiles: int = 0
+
+
+class _Enlarged:
+    """Enlarges frames, and counts.
+
+    Args:
+        job: what they belong to.
+        upscaler: cuts all of them in the same way.
+        held: bytes that enlarging a frame takes beside the network, the frame for the encoder included.
+        bar: shows how far it is.
+    """
+
+    def __init__(self, job: _Job, upscaler: Upscaler, held: int, bar):
+        self.job, self.upscaler, self.held, self.bar = job, upscaler, held, bar
         self.repeated = RepeatedTiles()
-        self.last: Frame | None = None
-        self.planes: list[np.ndarray] = []  # of the last result
-        self.gmacs = 0.0  # of the last frame in full
+        self.shown = _Shown()  # the last picture that was enlarged
         self.counted = VideoStats()
 
     def taken(self) -> dict:
@@ -325,40 +355,116 @@ class _Enlarged:
         return {name: getattr(counted, name) for name in names}
 
     def __call__(self, frames: Iterable[Frame]) -> Iterator:
-        """Frames of the source -> frames for the encoder."""
-        job, unit = self.job, self.job.video.time_base
-        for frame in frames:
-            if frame.size != job.input_size:
-                (height, width), (h, w) = job.input_size, frame.size
-                at = clock(frame.pts * unit - job.video.zero)
-                raise UserError(
-                    f'{job.video.path}: at {at} the picture changes from {width}×{height} to {w}×{h} pixels; do the '
-                    f'parts by themselves, with --end {at} and with --start {at}.'
-                )
-            self._enlarge(frame)
+        """Frames of the source -> frames for the encoder; close it where it may be left early.
+
+        Small ones that are not cut are enlarged side by side, with twice as many pictures as threads in hand at most.
+        """
+        pictures = self._pictures(frames)
+        if self._whole:
+            job = self.job
+            # each thread has one at work, and one that was read or waits for the encoder, which takes less
+            pictures, workers = side_by_side.stream(job.upscaler, pictures, job.input_size, each=2 * self.held)
+            if workers > 1:
+                done = side_by_side.in_order(self._aside, self._while_whole(pictures), workers, self.upscaler.say)
+                with contextlib.closing(done):
+                    for shown in done:
+                        yield from self._frames(shown)
+        for shown in pictures:
+            self._enlarge(shown, self.upscaler, self.repeated)
+            yield from self._frames(shown)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether frames are not cut."""
+        return count_tiles(*self.job.input_size, self.upscaler.tile, self.upscaler.tile_overlap) == 1
+
+    def _while_whole(self, pictures: Iterator[_Shown]) -> Iterator[_Shown]:
+        """Until the memory did not suffice for one of those that are enlarged side by side."""
+        while self._whole and (shown := next(pictures, None)) is not None:
+            yield shown
+
+    def _pictures(self, frames: Iterable[Frame]) -> Iterator[_Shown]:
+        """The pictures that frames show. What reading raises comes in its turn, so that what is before it is kept."""
+        shown, last, rgb, failed = _Shown(), None, None, None
+        try:
+            for frame in frames:
+                self._check_size(frame)
+                if not frame.repeats(last):
+                    before, rgb = rgb, frame.rgb()
+                    if before is None or not np.array_equal(rgb, before):  # else other samples of the same colours
+                        if shown.times:
+                            yield shown
+                        shown = _Shown(rgb)
+                last = frame
+                shown.times.append((frame.pts, frame.duration))
+                if len(shown.times) == MOST_REPEATED:
+                    yield shown
+                    shown = _Shown()
+        except Exception as error:  # raised by _enlarge
+            failed = _Shown(error=error)
+        if shown.times:
+            yield shown
+        if failed is not None:
+            yield failed
+
+    def _check_size(self, frame: Frame) -> None:
+        job = self.job
+        if frame.size != job.input_size:
+            (height, width), (h, w) = job.input_size, frame.size
+            at = clock(frame.pts * job.video.time_base - job.video.zero)
+            raise UserError(
+                f'{job.video.path}: at {at} the picture changes from {width}×{height} to {w}×{h} pixels; do the '
+                f'parts by themselves, with --end {at} and with --start {at}.'
+            )
+
+    def _aside(self, shown: _Shown, say: Callable[[str], None]) -> _Shown:
+        """:meth:`_enlarge` in a thread of its own."""
+        self._enlarge(shown, self.upscaler.for_small(say), RepeatedTiles())
+        return shown
+
+    def _enlarge(self, shown: _Shown, upscaler: Upscaler, repeated: RepeatedTiles) -> None:
+        """Enlarge a picture; what is in `repeated` is not computed again."""
+        if shown.error is not None:
+            raise shown.error
+        if shown.rgb is None:
+            return
+        asked, reused, macs = repeated.tiles, repeated.reused, repeated.macs
+        result, stats = upscaler.upscale_with_stats(shown.rgb, repeated=repeated)
+        shown.counted = VideoStats(
+            tiles=repeated.tiles - asked,
+            reused=repeated.reused - reused,
+            gmacs=stats.gmacs,
+            full_gmacs=stats.gmacs + (repeated.macs - macs) / 1e9,
+        )
+        if stats.tile:  # smaller ones, where the memory did not suffice
+            self.upscaler.tile = stats.tile
+        shown.tiles = count_tiles(*self.job.input_size, stats.tile, upscaler.tile_overlap)
+        shown.planes = rgb_to_planes(result, self.job.layout, self.job.colour)
+        shown.rgb = None
+
+    def _frames(self, shown: _Shown) -> Iterator:
+        """The frames of an enlarged picture for the encoder; they are counted one by one."""
+        job, new = self.job, shown.planes is not None
+        if new:
+            self.shown = shown
+        for pts, duration in shown.times:
+            self._count(new)
+            new = False
             self.bar.update()
             if self.counted.reused:
                 self.bar.set_postfix_str(f'{self.counted.reused / self.counted.tiles:.0%} of the tiles reused')
-            yield job.encoder.frame(self.planes, job.layout, job.colour, frame.pts, frame.duration, unit)
+            planes, unit = self.shown.planes, job.video.time_base
+            yield job.encoder.frame(planes, job.layout, job.colour, pts, duration, unit)
 
-    def _enlarge(self, frame: Frame) -> None:
-        job, counted = self.job, self.counted
+    def _count(self, new: bool) -> None:
+        counted, own = self.counted, self.shown.counted
         counted.frames += 1
-        tiles = count_tiles(*job.input_size, self.upscaler.tile, self.upscaler.tile_overlap)
-        if frame.repeats(self.last):
+        counted.full_gmacs += own.full_gmacs
+        if new:
+            counted.tiles += own.tiles
+            counted.reused += own.reused
+            counted.gmacs += own.gmacs
+        else:
             counted.repeated += 1
-            counted.tiles += tiles
-            counted.reused += tiles
-            counted.full_gmacs += self.gmacs
-            return
-        asked, reused, macs = self.repeated.tiles, self.repeated.reused, self.repeated.macs
-        result, stats = self.upscaler.upscale_with_stats(frame.rgb(), repeated=self.repeated)
-        self.gmacs = stats.gmacs + (self.repeated.macs - macs) / 1e9
-        counted.tiles += self.repeated.tiles - asked
-        counted.reused += self.repeated.reused - reused
-        counted.gmacs += stats.gmacs
-        counted.full_gmacs += self.gmacs
-        if stats.tile:  # smaller ones, where the memory did not suffice
-            self.upscaler.tile = stats.tile
-        self.planes = rgb_to_planes(result, job.layout, job.colour)
-        self.last = frame
+            counted.tiles += self.shown.tiles
+            counted.reused += self.shown.tiles

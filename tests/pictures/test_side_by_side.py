@@ -8,40 +8,16 @@ import numpy as np
 import pytest
 import torch
 from picture_cases import Repeat, noise, png
+from support import needs_kernels
 
 from ppsr.archs import ATDLight, PPATDLight
 from ppsr.errors import UserError
 from ppsr.images import from_pil
-from ppsr.ops import native, use_backend
+from ppsr.ops import use_backend
 from ppsr.pictures import memory, side_by_side
 from ppsr.pictures.batch import plan_jobs, run_jobs
-from ppsr.pictures.side_by_side import SMALL, groups, in_order
+from ppsr.pictures.side_by_side import SMALL, groups, in_order, stream
 from ppsr.pictures.upscaler import Upscaler
-
-needs_kernels = pytest.mark.skipif(
-    native.unavailable_reason() is not None or side_by_side._runtime() is None, reason='compiled kernels and OpenMP'
-)
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def pools(monkeypatch):
-    """Numbers of threads that were started."""
-    seen, pool = [], side_by_side.ThreadPoolExecutor
-
-    def watched(workers, *args, **kwargs):
-        seen.append(workers)
-        return pool(workers, *args, **kwargs)
-
-    monkeypatch.setattr(side_by_side, 'ThreadPoolExecutor', watched)
-    return seen
 
 
 @pytest.fixture
@@ -134,6 +110,25 @@ def test_few_and_many_large_and_unknown(two_threads, pools, upscaler):
     assert [(len(run), workers) for run, workers in runs([tiny] * 20)] == [(16, 8), (4, 1)]
     assert upscaler.upscale_many([]) == [] and len(upscaler.upscale_many(small(1))) == 1
     assert pools == []
+
+
+@needs_kernels
+def test_of_a_stream_no_more_is_taken_than_there_are_threads(two_threads, upscaler, monkeypatch):
+    def run(count, size=(90, 160), each=0):
+        numbers = iter(range(count))
+        items, workers = stream(upscaler, numbers, size, each)
+        taken = count - len(list(numbers))
+        return list(items)[:taken], workers, taken
+
+    assert run(9) == ([0, 1], 2, 2) and run(2) == ([0, 1], 2, 2)
+    assert run(1) == ([0], 1, 1) and run(0) == ([], 1, 0)  # all cores for a single one
+    assert run(9, (SMALL + 1, 1)) == ([0], 1, 1)
+    one = side_by_side._bytes(upscaler, (90, 160))
+    monkeypatch.setattr(memory, 'free_memory', lambda device: 3 * one / 0.85)
+    assert run(9, each=0.4 * one)[1] == 2 and run(9, each=0.6 * one)[1] == 1
+    torch.set_num_threads(8)
+    monkeypatch.undo()
+    assert [run(count)[1] for count in (4, 5, 8, 9)] == [1, 5, 8, 8]
 
 
 @needs_kernels
