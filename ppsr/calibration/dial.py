@@ -164,7 +164,7 @@ def load_as_wished(
     """
     choice, settings = None, dict(settings or {})
     if wish is not None:
-        given = [name for name in settings if name in ('pp_mask', 'pp_threshold', 'pp_scope')]
+        given = [name for name in settings if name.startswith('pp_')]  # none was what the curve was measured with
         if given or not pure_pass:
             other = given[0].removeprefix('pp_') if given else 'no Pure-Pass'
             raise UserError(f'{wish.name} chooses what is exempt, and so does {other}; leave one of them out.')

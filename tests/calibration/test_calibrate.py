@@ -329,6 +329,7 @@ def test_what_cannot_be_calibrated_is_one_sentence(
         (dict(saving=5), 'has no curve'),
         (dict(max_loss=0.1, pure_pass=False), 'max_loss chooses what is exempt, and so does no Pure-Pass'),
         (dict(exact=True, settings={'pp_threshold': 0.1}), 'exact chooses what is exempt, and so does threshold'),
+        (dict(saving=1, settings={'pp_window_compensation': 'value'}), 'and so does window_compensation'),
     ],
     ids=str,
 )
