@@ -27,7 +27,7 @@ NEVER = -1e9
 APART = -100.0
 
 
-def category_attention(qkv, category, pure, scale, num_heads, category_size, keep):
+def category_attention(qkv, category, pure, scale, num_heads, category_size, keep, *_):
     """ppsr::category_attention in PyTorch's operators, without a number that depends on the data."""
     batch, n, c3 = qkv.shape
     g = min(n, category_size)
@@ -67,7 +67,7 @@ def behind(size: int, s: int, shift: int) -> Tensor:
     return (torch.arange(size) >= size - shift).long().view(-1, s)
 
 
-def window_attention(qkv, bias_table, pure, num_heads, window_size, shift):
+def window_attention(qkv, bias_table, pure, num_heads, window_size, shift, *_):
     """ppsr::window_attention in PyTorch's operators."""
     batch, h, w, c3 = qkv.shape
     s, c, d = window_size, c3 // 3, c3 // 3 // num_heads

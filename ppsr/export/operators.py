@@ -89,7 +89,7 @@ def attend(q, k, v, bias=None):
 # ------------------------------------------------------------------------------------------------ category attention
 
 
-def category_attention(qkv, category, pure, scale, num_heads: int, category_size: int, keep: bool):
+def category_attention(qkv, category, pure, scale, num_heads: int, category_size: int, keep: bool, *_):
     """The first output of ppsr::category_attention; the others serve its backward and are not computed."""
     batch, n, c3, g = size(qkv, 0), size(qkv, 1), size(qkv, 2), category_size
     position = op.Unsqueeze(count_up(n), ints(0))  # (1, N)
@@ -172,7 +172,7 @@ def position_bias(table, s: int):
     return op.Unsqueeze(op.Transpose(op.Gather(table, index, axis=0), perm=[2, 0, 1]), ints(0))
 
 
-def window_attention(qkv, bias_table, pure, num_heads: int, window_size: int, shift: int):
+def window_attention(qkv, bias_table, pure, num_heads: int, window_size: int, shift: int, *_):
     """The first output of ppsr::window_attention; the other serves its backward and is not computed."""
     s, c3 = window_size, int(qkv.shape[3])
     c = c3 // 3

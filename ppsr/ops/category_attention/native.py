@@ -14,14 +14,15 @@ from ppsr.ops.workspace import empty
 __all__ = ['backward', 'forward']
 
 
-def forward(qkv, category, pure, scale, num_heads, category_size, keep, fill):
+def forward(qkv, category, pure, scale, num_heads, category_size, keep, fill=True, with_lse=True):
     batch, n, c3 = qkv.shape
     out, lse = empty(qkv, (batch, n, c3 // 3)), empty(qkv, (batch, num_heads, n))
     order, counts = empty(qkv, (batch, n), torch.int32), empty(qkv, (batch,), torch.int32)
     qkv, category = qkv.contiguous(), category.to(torch.int64).contiguous()
     pure = pure.contiguous() if pure is not None else None
     sizes = batch, n, c3 // 3, num_heads, category_size, keep, fill
-    call('ppsr_category_forward', qkv, category, pure, float(scale), out, lse, order, counts, *sizes)
+    written = out, lse if with_lse else None, order, counts
+    call('ppsr_category_forward', qkv, category, pure, float(scale), *written, *sizes)
     return out, lse, order, counts
 
 

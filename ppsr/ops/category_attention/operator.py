@@ -8,7 +8,8 @@ What the two operators pass on, beside the arguments that :func:`category_attent
 token gets its value vector or zeros (``fill``: if anything); ``lse`` (B, h, N) float32 (float64 for float64), the
 natural logarithm of the sum of each token's exp(logit); ``order`` (B, N) int32, the tokens in sorted order, the pure
 ones last; ``counts`` (B,) int32, how many are active. lse of a pure token is not read. A backward may be given another
-backend's forward.
+backend's forward. Without ``with_lse`` a
+forward may leave lse out: the compiled kernels do.
 """
 
 import torch
@@ -35,12 +36,14 @@ def _forward(
     category_size: int,
     keep: bool,
     fill: bool = True,
+    with_lse: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return select('category_attention', qkv).forward(qkv, category, pure, scale, num_heads, category_size, keep, fill)
+    backend = select('category_attention', qkv)
+    return backend.forward(qkv, category, pure, scale, num_heads, category_size, keep, fill, with_lse)
 
 
 @_forward.register_fake
-def _(qkv, category, pure, scale, num_heads, category_size, keep, fill=True):
+def _(qkv, category, pure, scale, num_heads, category_size, keep, fill=True, with_lse=True):
     batch, n, c3 = qkv.shape
     out = qkv.new_empty(batch, n, c3 // 3)
     lse = qkv.new_empty(batch, num_heads, n, dtype=torch.float64 if qkv.dtype == torch.float64 else torch.float32)
@@ -72,7 +75,7 @@ def _(grad_out, qkv, out, lse, order, counts, scale, num_heads, category_size, k
 
 
 def _setup_context(ctx, inputs, output):
-    qkv, _, _, scale, ctx.num_heads, ctx.category_size, ctx.keep, _ = inputs
+    qkv, _, _, scale, ctx.num_heads, ctx.category_size, ctx.keep, *_ = inputs
     ctx.save_for_backward(qkv, *output, scale)
     ctx.mark_non_differentiable(*output[1:])
 
@@ -82,7 +85,7 @@ def _autograd(ctx, grad_out, *_):
     grad_qkv, grad_scale = torch.ops.ppsr.category_attention_backward(
         grad_out.contiguous(), qkv, out, lse, order, counts, scale, ctx.num_heads, ctx.category_size, ctx.keep
     )
-    return grad_qkv, None, None, grad_scale, None, None, None, None
+    return grad_qkv, None, None, grad_scale, None, None, None, None, None
 
 
 torch.library.register_autograd('ppsr::category_attention', _autograd, setup_context=_setup_context)
@@ -172,7 +175,7 @@ def category_attention(
         raise ValueError(f'category_size must be at least 1, got {category_size}')
     if compensation not in COMPENSATIONS:
         raise ValueError(f'compensation must be one of {", ".join(COMPENSATIONS)}, got {compensation!r}')
-    keep = compensation != 'zero'
+    flags = compensation != 'zero', fill, torch.is_grad_enabled() and (qkv.requires_grad or scale.requires_grad)
     # backends get rows side by side in memory; no copy for the output of a linear layer
     qkv = qkv.contiguous()
-    return torch.ops.ppsr.category_attention(qkv, category, pure, scale, num_heads, category_size, keep, fill)[0]
+    return torch.ops.ppsr.category_attention(qkv, category, pure, scale, num_heads, category_size, *flags)[0]

@@ -41,7 +41,7 @@ def _heads(x: Tensor, index: Tensor, num_heads: int) -> Tensor:
     return x[index].unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def forward(qkv, category, pure, scale, num_heads, category_size, keep, fill=True):
+def forward(qkv, category, pure, scale, num_heads, category_size, keep, *may_leave_out):
     order, counts = sort_tokens(category, pure)
     wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     lse = qkv.new_zeros(qkv.shape[0], num_heads, qkv.shape[1], dtype=wide)

@@ -50,7 +50,7 @@ def _buffer(qkv: Tensor, category_size: int) -> Tensor:
     return qkv.new_empty(max(_TOKENS, category_size), qkv.shape[2])
 
 
-def forward(qkv, category, pure, scale, num_heads, category_size, keep, fill=True):
+def forward(qkv, category, pure, scale, num_heads, category_size, keep, *may_leave_out):
     batch, total, c3 = qkv.shape
     order, counts = sort_tokens(category, pure)
     out = qkv.new_empty(batch, total, c3 // 3)

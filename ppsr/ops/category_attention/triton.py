@@ -314,7 +314,7 @@ def _sort(category: Tensor, pure: Tensor | None) -> tuple[Tensor, Tensor]:
     return key.argsort(dim=1, stable=True).to(torch.int32), counts
 
 
-def forward(qkv, category, pure, scale, num_heads, category_size, keep, fill=True):
+def forward(qkv, category, pure, scale, num_heads, category_size, keep, *may_leave_out):
     order, counts = _sort(category, pure)
     batch, n, c3 = qkv.shape
     out = qkv.new_empty(batch, n, c3 // 3)

@@ -163,13 +163,13 @@ INLINE void forward_of(const struct attention *a, const int64_t dim) {
         if (BFLOAT16) words_of_panel(keys - rest, logits + rest * LANES, logits + rest / 2 * LANES);
         product_of(BFLOAT16, dim, WORDS(keys), logits, v, 1, dim, NULL, out);
 
-        float lse[LANES] __attribute__((aligned(64)));
-        EACH(v, NV) {
-            store(lse + v * VL, (peak[v] + log2v(sum[v])) * (float)(1 / LOG2_E));
-            sum[v] = 1.0f / sum[v];
+        if (a->lse) {
+            float lse[LANES] __attribute__((aligned(64)));
+            EACH(v, NV) store(lse + v * VL, (peak[v] + log2v(sum[v])) * (float)(1 / LOG2_E));
+            for (int64_t l = 0; l < n; l++) a->lse[token[l]] = lse[l];
         }
+        EACH(v, NV) sum[v] = 1.0f / sum[v];
         store_lanes(n, dim, out, sum, a->out, a->out_stride, token);
-        for (int64_t l = 0; l < n; l++) a->lse[token[l]] = lse[l];
     }
 }
 

@@ -80,7 +80,7 @@ static void pure_task(void *context, int64_t task, int more, void *scratch) {
             memcpy(row, m->qkv + (start + t) * 3 * channels + 2 * channels, channels * sizeof(float));
         else
             memset(row, 0, channels * sizeof(float));
-        for (int64_t h = 0; h < m->heads; h++) m->lse[(image * m->heads + h) * n + t] = 0;
+        for (int64_t h = 0; m->lse && h < m->heads; h++) m->lse[(image * m->heads + h) * n + t] = 0;
     }
 }
 
@@ -134,7 +134,8 @@ static void free_categories(struct categories *c) {
 
 /* qkv (batch, tokens, 3 channels), category (batch, tokens), pure (batch, tokens) or NULL -> out (batch, tokens,
  * channels), lse (batch, heads, tokens), order (batch, tokens), counts (batch). keep: a pure token gets its own value,
- * else zeros; fill: write that. Returns 0, or -1 if there is not enough memory. */
+ * else zeros; fill: write that; lse may be NULL. Returns 0, or -1 if there is not enough
+ * memory. */
 int ppsr_category_forward(const float *qkv, const int64_t *category, const uint8_t *pure, float scale, float *out,
                           float *lse, int32_t *order, int32_t *counts, int64_t batch, int64_t tokens, int64_t channels,
                           int64_t heads, int64_t size, int64_t keep, int64_t fill, int64_t threads) {

@@ -32,7 +32,7 @@ static void prefetch(const struct maps *m, const struct group *next, int64_t h) 
         prefetch_floats(m->grad_out + t * c, c);
         prefetch_floats(m->grad_qkv + 3 * t * c, 3 * c);
     }
-    for (int64_t i = 0; i < next->queries; i++)
+    for (int64_t i = 0; m->lse && i < next->queries; i++)
         __builtin_prefetch(m->lse + (next->image * m->heads + h) * m->tokens +
                            next->token[next->height ? next->place[i] : i], 0, 2);
 }
@@ -46,8 +46,8 @@ void ppsr_attend(const struct maps *m, const struct desk *desk, const struct ext
         struct attention a = {.q = m->qkv + at, .k = m->qkv + at + c, .v = m->qkv + at + 2 * c, .qkv_stride = 3 * c,
                               .token = group->token, .queries = group->queries, .keys = group->keys, .dim = dim,
                               .scale = extras->scale, .bias_start = extras->bias_start, .out = m->out + to,
-                              .out_stride = c, .lse = m->lse + (group->image * m->heads + h) * m->tokens,
-                              .scratch = desk->scratch};
+                              .out_stride = c, .scratch = desk->scratch};
+        if (m->lse) a.lse = m->lse + (group->image * m->heads + h) * m->tokens;
         if (extras->bias) a.bias = extras->bias + h * extras->bias_step;
         if (!m->grad_out && group->height) {
             a.place = group->place;

@@ -22,7 +22,7 @@ struct desk {
 struct maps {
     int64_t batch, tokens, channels, heads;
     const float *qkv, *grad_out; /* (batch, tokens, 3 channels), (batch, tokens, channels) */
-    float *out, *lse, *grad_qkv; /* ..., (batch, heads, tokens), like qkv */
+    float *out, *lse, *grad_qkv; /* ..., (batch, heads, tokens), like qkv; no lse: it is not wanted */
     const uint8_t *pure;         /* (batch, tokens), or NULL: of windows */
     int64_t most;                /* tokens of the largest group */
 };

@@ -26,7 +26,7 @@ struct attention {
     const uint8_t *pure; /* whether token t asks nothing (backward alone): its row gets zeros; or NULL */
     float *out; /* row of token t at out + t * out_stride; the backward reads it */
     int64_t out_stride;
-    float *lse; /* log-sum-exp of the logits, at lse[t] */
+    float *lse; /* log-sum-exp of the logits, at lse[t]; the forward may have none */
     float *scratch; /* scratch_floats(keys, dim), aligned to 64 bytes */
     /* the backward alone */
     const float *grad_out;           /* laid out like out */

@@ -200,7 +200,7 @@ static void clear_pure(const struct maps *m, const struct group *group) {
         const int64_t t = group->token[i];
         if (!m->pure[start + t]) continue;
         memset(m->out + (start + t) * m->channels, 0, m->channels * sizeof(float));
-        for (int64_t h = 0; h < m->heads; h++) m->lse[(group->image * m->heads + h) * m->tokens + t] = 0;
+        for (int64_t h = 0; m->lse && h < m->heads; h++) m->lse[(group->image * m->heads + h) * m->tokens + t] = 0;
     }
 }
 
@@ -234,8 +234,8 @@ static void window_backward_task(void *context, int64_t chunk, int more, void *s
 }
 
 /* qkv (batch, height, width, 3 channels), table ((2 size - 1)^2, heads), pure (batch, height, width) or NULL -> out
- * (batch, height, width, channels), lse (batch, heads, height, width); fill: with zeros where a token is pure. Returns 0,
- * or -1 if there is not enough memory. */
+ * (batch, height, width, channels), lse (batch, heads, height, width); fill: with zeros where a token is pure; lse may be NULL.
+ * Returns 0, or -1 if there is not enough memory. */
 int ppsr_window_forward(const float *qkv, const float *table, const uint8_t *pure, float *out, float *lse,
                         int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t heads, int64_t size,
                         int64_t shift, int64_t fill, int64_t threads) {

@@ -15,12 +15,13 @@ from ppsr.ops.workspace import empty
 __all__ = ['backward', 'forward']
 
 
-def forward(qkv, bias_table, pure, num_heads, window_size, shift, fill):
+def forward(qkv, bias_table, pure, num_heads, window_size, shift, fill=True, with_lse=True):
     batch, h, w, c3 = qkv.shape
     out, lse = empty(qkv, (batch, h, w, c3 // 3)), empty(qkv, (batch, num_heads, h, w))
     sizes = batch, h, w, c3 // 3, num_heads, window_size, shift, fill
     pure = pure.contiguous() if pure is not None else None
-    call('ppsr_window_forward', qkv.contiguous(), bias_table.float().contiguous(), pure, out, lse, *sizes)
+    written = out, lse if with_lse else None
+    call('ppsr_window_forward', qkv.contiguous(), bias_table.float().contiguous(), pure, *written, *sizes)
     return out, lse
 
 

@@ -6,6 +6,8 @@ inside the operator, so that a backend may turn them into addresses instead of c
 every backend brings its backward. Beside the output a forward returns ``lse`` (B, h, H, W) float32 (float64 for
 float64), the natural logarithm of the sum of each token's exp(logit); that of a pure token is not read. A backward may
 be given another backend's.
+
+Without ``fill`` a forward may leave out the rows of pure tokens, without ``with_lse`` that: the compiled kernels do.
 """
 
 import torch
@@ -26,12 +28,13 @@ def _forward(
     window_size: int,
     shift: int,
     fill: bool = True,
+    with_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    return select('window_attention', qkv).forward(qkv, bias_table, pure, num_heads, window_size, shift, fill)
+    return select('window_attention', qkv).forward(qkv, bias_table, pure, num_heads, window_size, shift, fill, with_lse)
 
 
 @_forward.register_fake
-def _(qkv, bias_table, pure, num_heads, window_size, shift, fill=True):
+def _(qkv, bias_table, pure, num_heads, window_size, shift, fill=True, with_lse=True):
     batch, h, w, c3 = qkv.shape
     out = qkv.new_empty(batch, h, w, c3 // 3)
     wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
@@ -60,7 +63,7 @@ def _(grad_out, qkv, out, lse, bias_table, pure, num_heads, window_size, shift):
 
 
 def _setup_context(ctx, inputs, output):
-    qkv, bias_table, pure, ctx.num_heads, ctx.window_size, ctx.shift, _ = inputs
+    qkv, bias_table, pure, ctx.num_heads, ctx.window_size, ctx.shift, *_ = inputs
     ctx.save_for_backward(qkv, *output, bias_table, pure)
     ctx.mark_non_differentiable(output[1])
 
@@ -70,7 +73,7 @@ def _autograd(ctx, grad_out, _):
     grad_qkv, grad_table = torch.ops.ppsr.window_attention_backward(
         grad_out.contiguous(), qkv, out, lse, bias_table, pure, ctx.num_heads, ctx.window_size, ctx.shift
     )
-    return grad_qkv, grad_table, None, None, None, None, None
+    return grad_qkv, grad_table, None, None, None, None, None, None
 
 
 torch.library.register_autograd('ppsr::window_attention', _autograd, setup_context=_setup_context)
@@ -158,5 +161,7 @@ def window_attention(
             f'pure must be bool {tuple(qkv.shape[:3])} on {qkv.device}, '
             f'got {pure.dtype} {tuple(pure.shape)} on {pure.device}'
         )
+    with_lse = torch.is_grad_enabled() and (qkv.requires_grad or bias_table.requires_grad)
     # backends get rows side by side in memory; no copy for the output of a linear layer
-    return torch.ops.ppsr.window_attention(qkv.contiguous(), bias_table, pure, num_heads, window_size, shift, fill)[0]
+    sizes = num_heads, window_size, shift
+    return torch.ops.ppsr.window_attention(qkv.contiguous(), bias_table, pure, *sizes, fill, with_lse)[0]

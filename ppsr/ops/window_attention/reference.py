@@ -71,7 +71,7 @@ def _asks(pure: Tensor | None, window_size: int, shift: int) -> Tensor | None:
     return None if pure is None else ~_heads(pure[..., None], window_size, shift, 1)
 
 
-def forward(qkv, bias_table, pure, num_heads, window_size, shift, fill=True):
+def forward(qkv, bias_table, pure, num_heads, window_size, shift, *may_leave_out):
     h, w = qkv.shape[1:3]
     q, k, v = (_heads(x, window_size, shift, num_heads) for x in qkv.chunk(3, -1))
     logits = _logits(q, k, bias_table, qkv.shape[:3], window_size, shift)

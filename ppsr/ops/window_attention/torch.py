@@ -102,7 +102,7 @@ def _expand(x: Tensor, some: Tensor | None) -> Tensor:
     return x if some is None else x.new_zeros(len(some), *x.shape[1:]).index_put_((some,), x)
 
 
-def forward(qkv, bias_table, pure, num_heads, window_size, shift, fill=True):
+def forward(qkv, bias_table, pure, num_heads, window_size, shift, *may_leave_out):
     *shape, c3 = qkv.shape
     out = qkv.new_empty(*shape, c3 // 3)
     lse = torch.empty(shape[0], num_heads, *shape[1:], dtype=torch_attention.wide(qkv.dtype), device=qkv.device)

@@ -369,7 +369,7 @@ def _common(qkv: Tensor, pure: Tensor | None, num_heads: int, window_size: int, 
     return numbers, constants, blocks
 
 
-def forward(qkv, bias_table, pure, num_heads, window_size, shift, fill=True):
+def forward(qkv, bias_table, pure, num_heads, window_size, shift, *may_leave_out):
     batch, h, w, c3 = qkv.shape
     new = qkv.new_empty if pure is None else qkv.new_zeros  # the rows of pure tokens are not written
     out, lse = new(batch, h, w, c3 // 3), new(batch, num_heads, h, w, dtype=torch.float32)
