@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+import torch
 
 from ppsr.errors import UserError
 from ppsr.extras import need
@@ -21,6 +22,8 @@ DEFAULT_CRF = {'libx264': 17, 'libx265': 19, 'libsvtav1': 22, 'libvpx-vp9': 20, 
 WITH_CRF = {'libvpx-vp9': {'b': '0'}}
 QUIET = {'libx265': {'x265-params': 'log-level=error'}}  # it tells its settings otherwise
 EVEN_ONLY = ('libx264', 'libx265', 'libsvtav1')  # of sides that chroma is halved along
+# with AVX-512 mbtree of x264 (core 165) depends on what lay in memory: eight runs on the same frames gave seven files
+SAME_EACH_TIME = {'libx264': {'x264-params': 'asm=AVX2'}}
 GLOBAL_HEADER = 1 << 22  # AV_CODEC_FLAG_GLOBAL_HEADER: all of CONTAINERS want it
 
 
@@ -149,6 +152,8 @@ class Encoder:
             context.sample_aspect_ratio = aspect
         context.flags |= GLOBAL_HEADER
         context.options = dict(self.options)
+        if torch.backends.cpu.get_cpu_capability() == 'AVX512':
+            context.options |= SAME_EACH_TIME.get(self.name, {})
 
     def open(self, layout: Layout, colour: Colour, size, time_base: Fraction, rate: Fraction, aspect):
         """A codec context that is ready.

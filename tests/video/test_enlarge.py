@@ -76,6 +76,18 @@ def test_runs_with_b_frames_fit_together(tmp_path, upscaler, suffix):
         assert dts[0] < 0 and dts == sorted(set(dts)) and all(packet.dts <= packet.pts for packet in packets)
 
 
+def test_the_same_frames_give_the_same_file_each_time(tmp_path, upscaler):
+    """Whatever lies in memory that is used again; libx264 looks at it where it takes AVX-512."""
+    source = clip(tmp_path / 'a.mp4', smooth(6, (90, 160)))
+    files = set()
+    for seed in range(5):
+        _ = [np.random.default_rng(seed).integers(0, 255, size, np.uint8) for size in [10_000, 50_000, 90_000] * 20]
+        del _
+        upscale_video(upscaler, source, tmp_path / 'b.mp4', segment=3)
+        files.add((tmp_path / 'b.mp4').read_bytes())
+    assert len(files) == 1
+
+
 def test_decoding_times_rise_and_are_never_too_late():
     pts = [0, 8, 4, 2, 6, 10, 100, 90, 95]
     dts = decoding_times(pts)
