@@ -4,6 +4,7 @@
     python benchmarks/forward.py --brief --arch ATDLightV2
     python benchmarks/forward.py --savings [--scope category window]
     python benchmarks/forward.py --variants
+    python benchmarks/forward.py --target avx2
 
 Weights are random: time does not depend on them beyond which tokens meet in a group. One process, cases in turn,
 medians. The reference backend materialises every attention matrix, as the formulas say. Another network is measured
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from common import alternate, machine, median, noise, on, photograph, ratio, table
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from ppsr.archs import ATDLight, ATDLightV2, MaskedNetwork, PPATDLight, PPATDLightV2
 from ppsr.archs.masked import SCOPES
@@ -96,12 +98,50 @@ def where_report(height: int, width: int, runs: int, backend: str, most: int = 1
             for event in prof.key_averages():
                 of.setdefault(event.key, []).append(event.self_cpu_time_total / 1e3)
     before, after = ({key: sum(found) / runs for key, found in of.items()} for of in times)
+    left = left_if_time_fell_with_macs(*(macs_by_operator(net, lq, backend) for net in (dense, pp)), before)
     keys = sorted({*before, *after}, key=lambda key: -max(before.get(key, 0), after.get(key, 0)))[:most]
     rows = [[f'`{key}`', f'{before.get(key, 0):.0f} ms', f'{after.get(key, 0):.0f} ms'] for key in keys]
     rows.append(['all', *(f'{sum(of.values()):.0f} ms' for of in (before, after))])
     title = f'## Where the time of Pure-Pass goes, {width}×{height} → ×4'
     text = f'`{name}`, {mask.float().mean():.1%} pure, {saved:.1%} of the multiply-adds saved; means of {runs} runs:'
-    return '\n'.join([title, '', text, '', table(['operator', 'dense', 'AC-MSA and SW-MSA exempt'], rows), ''])
+    lines = [title, '', text, '', table(['operator', 'dense', 'AC-MSA and SW-MSA exempt'], rows), '']
+    dense_time, pp_time = (sum(of.values()) for of in (before, after))
+    found, most = (1 - time / dense_time for time in (pp_time, left))
+    lines += [
+        'If the time of each kind of operator fell exactly as its own multiply-adds do, and nothing were added, '
+        f'{left:.0f} ms would be left: {most:.1%} of the time saved, {most / saved:.2f} of what is saved in '
+        f'multiply-adds. Of that {found / most:.0%} is reached.',
+        '',
+    ]
+    return '\n'.join(lines)
+
+
+# Work that Pure-Pass saves some of -> its operators by the clock, and by the counter, which takes linear layers apart.
+KINDS = {
+    'linear layers': (
+        ('ppsr::linear', 'ppsr::norm_linear_some', 'ppsr::linear_some', 'ppsr::linear_stand_in'),
+        ('aten::addmm', 'aten::mm'),
+    ),
+    'window attention': 2 * (('ppsr::window_attention',),),
+    'category attention': 2 * (('ppsr::category_attention',),),
+}
+
+
+def macs_by_operator(net: MaskedNetwork, lq: torch.Tensor, backend: str) -> dict[str, int]:
+    """Operator -> multiply-adds of a forward pass."""
+    with use_backend(backend), FlopCounterMode(display=False) as counter:
+        net(lq)
+    return {str(packet).replace('.', '::'): flops // 2 for packet, flops in counter.get_flop_counts()['Global'].items()}
+
+
+def left_if_time_fell_with_macs(dense: dict[str, int], pp: dict[str, int], time: dict[str, float]) -> float:
+    """Milliseconds by operator of the dense network -> those that would be left in all, given both networks'
+    multiply-adds by operator; what is of none of the KINDS stays as it is."""
+    left = sum(time.values())
+    for clock, counter in KINDS.values():
+        before, after = (sum(macs.get(name, 0) for name in counter) for macs in (dense, pp))
+        left -= sum(time.get(name, 0) for name in clock) * (1 - after / before)
+    return left
 
 
 def variants(dense: MaskedNetwork, lq: torch.Tensor, runs: int, best: str) -> str:
@@ -194,6 +234,41 @@ def report(arch: str, height: int, width: int, runs: int, backends: list[str], b
 
 
 @torch.no_grad()
+def target_report(target: str, height: int, width: int, runs: int) -> str:
+    """Native kernels of another instruction set on this processor, against the best that it has."""
+    title = f'## The kernels for {target}, {width}×{height} → ×4'
+    best = native.target() if dispatch.available('native') is None else None
+    if best is None or target not in native.targets():
+        return '\n'.join([title, '', f'This processor has no {target}, or the kernels were not built.', ''])
+
+    def with_target(name: str) -> None:
+        native.set_target(name)
+        dense(lq)
+
+    dense, _ = networks('ATDLight')
+    lq = photograph('coffee', height, width)
+    try:
+        names = dict.fromkeys([best, target])
+        seconds = alternate({name: on('native', lambda name=name: with_target(name)) for name in names}, runs)
+        rows = []
+        for name, s in seconds.items():
+            native.set_target(name)
+            bound, text = roofline(dense, height, width)
+            rows.append(
+                [
+                    f'ATDLight, {name}',
+                    f'{median(s):.2f} s',
+                    f'{ratio(s, seconds[best]):.2f}',
+                    f'{bound / median(s):.0%}',
+                ]
+            )
+    finally:
+        native.set_target(None)
+    lines = [title, '', table(['', 'median', f'against {best}', 'of the lowest bound'], rows), '']
+    return '\n'.join([*lines, f'The bound with the exp of {target}: {text}.', ''])
+
+
+@torch.no_grad()
 def savings_report(scope: Sequence[str], height: int, width: int, runs: int, backend: str) -> str:
     """What Pure-Pass saves: differences of a few per cent, so many runs."""
     title = f'## What Pure-Pass saves, scope {" ".join(scope)}, {width}×{height} → ×4'
@@ -218,9 +293,12 @@ if __name__ == '__main__':
     parser.add_argument('--savings', action='store_true', help='only what Pure-Pass saves, with the first backend')
     parser.add_argument('--scope', nargs='+', default=['category'], choices=SCOPES, help='of --savings')
     parser.add_argument('--variants', action='store_true', help='only torch.compile and bfloat16 against it')
+    parser.add_argument('--target', choices=('avx512', 'avx2', 'baseline'), help='only this instruction set')
     args = parser.parse_args()
     print(machine(), '\n')
-    if args.variants:
+    if args.target:
+        print(target_report(args.target, *args.size, args.runs))
+    elif args.variants:
         print(variants_report(*args.size, args.runs, args.backends[0]))
     elif args.savings:
         with torch.no_grad():

@@ -40,6 +40,7 @@ class Setting:
 # section -> (runs, what makes it); the runs are few where a run is long, many where little differs
 SECTIONS: dict[str, tuple[int, Callable[[Setting], str]]] = {
     'forward': (3, lambda s: forward.report('ATDLight', *s.size, s.runs, s.backends)),
+    'forward-avx2': (3, lambda s: forward.target_report('avx2', *s.size, s.runs)),
     'savings': (5, lambda s: forward.savings_report(('category',), *s.size, s.runs, s.backends[0])),
     'savings-window': (5, lambda s: forward.savings_report(('category', 'window'), *s.size, s.runs, s.backends[0])),
     'savings-where': (3, lambda s: forward.where_report(*s.size, s.runs, s.backends[0])),
