@@ -11,6 +11,7 @@ from ppsr.ops import use_backend
 from ppsr.ops.depthwise import depthwise_mix
 from ppsr.ops.dictionary import dictionary_attention, dictionary_refinement
 from ppsr.ops.linear import linear_add, norm_linear, norm_linear_beside
+from ppsr.ops.some_linear import linear_some, norm_linear_some
 
 
 @needs_native
@@ -38,6 +39,33 @@ def test_threads_and_batch(target, threads):
                 assert torch.equal(whole, torch.cat(parts))
         finally:
             torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize('threads', [1, 2])
+def test_large_maps_are_those_of_small_pieces(target, threads, two_threads):
+    """Bit for bit: those that no cache holds are written past the caches."""
+    n, piece = 20000, 2500  # 48 channels: 3.8 MB and 0.5 MB
+    x, add = random(1, n, 48).float(), random(1, n, 48, seed=1).float()
+    norm, qkv, q, proj, narrow = nn.LayerNorm(48), *(nn.Linear(48, width) for width in (144, 8, 48, 30))
+    some = torch.arange(n).view(1, n) // 30 % 3 != 0  # in and across chunks
+
+    def run(part):
+        x_part, add_part, some_part = x[:, part], add[:, part], some[:, part]
+        queries, beside = norm_linear_some(x_part, norm, qkv, q, some_part, some_part)
+        return (
+            linear_add(x_part, proj, add_part, x_part),
+            *norm_linear(x_part, norm, qkv, narrow, gelu=True),
+            queries.where(some_part[..., None], queries.new_zeros(())),
+            beside,
+            linear_some(add_part.clone(), x_part, proj, some_part, add_part),
+        )
+
+    torch.set_num_threads(threads)
+    with torch.no_grad(), use_backend('native'):
+        pieces = [run(slice(start, start + piece)) for start in range(0, n, piece)]
+        for whole, *parts in zip(run(slice(None)), *pieces):
+            assert torch.equal(whole, torch.cat(parts, 1))
 
 
 @needs_native

@@ -54,6 +54,7 @@ struct linear {
         float *out;                 /* (tokens, stride) */
         int64_t stride;             /* the width, and what else stands in the row of a token in out */
         const uint8_t *only;        /* (tokens), the tokens that are worked on, or NULL: all */
+        int stream;                 /* whether to write to memory past the caches: rows begin at multiples of 64 bytes */
     } *part;
     const float *rows; /* (…, columns), what fills up the rows of the first part, or NULL */
     const int64_t *row; /* (tokens), which one */

@@ -54,72 +54,89 @@ static void lay_out(int64_t panels, int64_t in, float *weight) {
         words_of_panel(in, weight + p * in * LANES, weight + p * WORDS(in) * LANES);
 }
 
-/* `rows` <= BLOCK tokens of `depth` numbers or words, 16 outputs of which the first `lanes` exist, in column `column` of a part; the tokens follow
- * each other from number first on, or are the ones listed. */
-INLINE void linear_block(int rows, int64_t depth, const float *x, const float *weight, const float *bias, int has_gelu,
-                         int64_t lanes, const struct part *part, int64_t column, int64_t first, const int64_t *token) {
+/* What is left to do with sums (rows, 16) of the last panel where it is not a whole one. */
+static NOT_INLINE void finish_last(int rows, const float *sums, const struct part *part, int64_t column, int64_t first,
+                                   const int64_t *token) {
+    for (int i = 0; i < rows; i++)
+        for (int64_t l = 0; l < part->width - column; l++) {
+            const int64_t to = (token ? token[i] : first + i) * part->stride + column + l;
+            float sum = sums[i * LANES + l];
+            for (int a = 0; a < 2 && part->add[a]; a++) sum += part->add[a][to];
+            part->out[to] = sum;
+        }
+}
+
+/* `rows` <= BLOCK tokens of `depth` numbers or words, the 16 outputs of a part from `column` on, which exist if they
+ * are `whole`; the tokens follow each other from number first on, or are the ones listed. */
+INLINE void linear_block(int rows, int64_t depth, const float *x, int has_gelu, const struct part *part, int64_t column,
+                         int whole, int64_t first, const int64_t *token) {
+    const float *bias = part->bias + column;
     vf y[BLOCK][NV];
     EACH(i, rows)
         EACH(v, NV) y[i][v] = load(bias + v * VL);
-    accumulate_of(BFLOAT16, rows, depth, weight, x, depth, 1, y);
+    accumulate_of(BFLOAT16, rows, depth, part->weight + column * depth, x, depth, 1, y);
     if (has_gelu) EACH(i, rows) EACH(v, NV) y[i][v] = gelu(y[i][v]);
-    if (lanes == LANES) {
-        for (int a = 0; a < 2 && part->add[a]; a++)
-            EACH(i, rows) {
-                const float *add = part->add[a] + (token ? token[i] : first + i) * part->stride + column;
-                EACH(v, NV) y[i][v] += load_anywhere(add + v * VL);
-            }
-        EACH(i, rows) {
-            float *to = part->out + (token ? token[i] : first + i) * part->stride + column;
-            EACH(v, NV) store_anywhere(to + v * VL, y[i][v]);
-        }
+    if (!whole) {
+        float sums[BLOCK * LANES] __attribute__((aligned(64)));
+        EACH(i, rows) EACH(v, NV) store(sums + i * LANES + v * VL, y[i][v]);
+        finish_last(rows, sums, part, column, first, token);
         return;
     }
-    EACH(i, rows) {
-        float row[LANES] __attribute__((aligned(64)));
-        EACH(v, NV) store(row + v * VL, y[i][v]);
-        for (int64_t l = 0; l < lanes; l++) {
-            const int64_t to = (token ? token[i] : first + i) * part->stride + column + l;
-            for (int a = 0; a < 2 && part->add[a]; a++) row[l] += part->add[a][to];
-            part->out[to] = row[l];
+    for (int a = 0; a < 2 && part->add[a]; a++)
+        EACH(i, rows) {
+            const float *add = part->add[a] + (token ? token[i] : first + i) * part->stride + column;
+            EACH(v, NV) y[i][v] += load_anywhere(add + v * VL);
         }
-    }
+    float *out = part->out + column;
+    if (part->stream)
+        EACH(i, rows) {
+            float *to = out + (token ? token[i] : first + i) * part->stride;
+            EACH(v, NV) stream(to + v * VL, y[i][v]);
+        }
+    else
+        EACH(i, rows) {
+            float *to = out + (token ? token[i] : first + i) * part->stride;
+            EACH(v, NV) store_anywhere(to + v * VL, y[i][v]);
+        }
 }
 
-INLINE void linear_panel(int64_t n, int64_t depth, const float *x, const struct part *part, int64_t panel, int has_gelu,
-                         int64_t first, const int64_t *token) {
-    const float *weight = part->weight + panel * depth * LANES, *bias = part->bias + panel * LANES;
-    const int64_t left = part->width - panel * LANES, lanes = left < LANES ? left : LANES, column = panel * LANES;
+INLINE void linear_panel(int64_t n, int64_t depth, const float *x, const struct part *part, int64_t column, int whole,
+                         int has_gelu, int64_t first, const int64_t *token) {
     int64_t i = 0;
     for (; i + BLOCK <= n; i += BLOCK)
-        linear_block(BLOCK, depth, x + i * depth, weight, bias, has_gelu, lanes, part, column, first + i,
-                     token ? token + i : NULL);
+        linear_block(BLOCK, depth, x + i * depth, has_gelu, part, column, whole, first + i, token ? token + i : NULL);
     /* the rest in powers of two, to keep several accumulators going */
 #pragma GCC unroll 4
     for (int step = 8; step; step /= 2)
         if (step < BLOCK && n - i >= step) {
-            linear_block(step, depth, x + i * depth, weight, bias, has_gelu, lanes, part, column, first + i,
-                         token ? token + i : NULL);
+            linear_block(step, depth, x + i * depth, has_gelu, part, column, whole, first + i, token ? token + i : NULL);
             i += step;
         }
+}
+
+INLINE void linear_panels(int64_t n, int64_t depth, const float *x, const struct part *part, int has_gelu, int64_t first,
+                          const int64_t *token) {
+    int64_t column = 0;
+    for (; column + LANES <= part->width; column += LANES)
+        linear_panel(n, depth, x, part, column, 1, has_gelu, first, token);
+    if (column < part->width) linear_panel(n, depth, x, part, column, 0, has_gelu, first, token);
 }
 
 /* A chunk of tokens, n rows of an operand, through a part: those from number first on, or those listed. */
 static NOT_INLINE void linear_part(int64_t n, int64_t depth, const float *x, const struct part *part, int has_gelu,
                                    int64_t first, const int64_t *token) {
-    for (int64_t panel = 0; panel * LANES < part->width; panel++)
-        if (token)
-            linear_panel(n, depth, x, part, panel, 0, 0, token);
-        else if (has_gelu)
-            linear_panel(n, depth, x, part, panel, 1, first, NULL);
-        else
-            linear_panel(n, depth, x, part, panel, 0, first, NULL);
+    if (token)
+        linear_panels(n, depth, x, part, 0, 0, token);
+    else if (has_gelu)
+        linear_panels(n, depth, x, part, 1, first, NULL);
+    else
+        linear_panels(n, depth, x, part, 0, first, NULL);
 }
 
 /* What will be read and written for a token of a part. */
 INLINE void prefetch_token(const struct part *part, int64_t token) {
     for (int a = 0; a < 2 && part->add[a]; a++) prefetch_floats(part->add[a] + token * part->stride, part->width);
-    prefetch_floats(part->out + token * part->stride, part->width);
+    if (!part->stream) prefetch_floats(part->out + token * part->stride, part->width);
 }
 
 /* Tokens of a part that wait until they are a chunk. */
@@ -180,6 +197,7 @@ static void linear(const struct linear *l, int64_t begin, int64_t end, float *sc
     }
     for (int64_t p = 0; p < l->parts; p++)
         if (queue[p].waiting) linear_part(queue[p].waiting, depth, queue[p].x, &l->part[p], 0, 0, queue[p].token);
+    stream_fence();
 }
 
 /* --- what stands in for attention ----------------------------------------------------------------------------------- */
@@ -206,7 +224,7 @@ INLINE int64_t within(int64_t i, int64_t n) { return i < 0 ? 0 : i < n ? i : n -
 static void stand_in(const struct stand_in *s, int64_t begin, int64_t end, float *scratch) {
     const int64_t c = s->channels, row = s->width * c, in = (s->own + s->around) * c, reach = s->around ? REACH : 0;
     float *normal = scratch, *sum = normal + SIDE * row, *rows = sum + row;
-    const struct part part = {s->weight, s->bias, c, {s->add[0], s->add[1]}, s->out, c, NULL};
+    const struct part part = {s->weight, s->bias, c, {s->add[0], s->add[1]}, s->out, c, NULL, 0};
     int64_t waiting = 0, ready = 0, token[CHUNK]; /* tokens in `rows`; the first row of the map that is not normalised */
     for (int64_t y = begin; y < end; y++) {
         const uint8_t *pure = s->pure + y * s->width;

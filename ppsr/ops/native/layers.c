@@ -13,6 +13,7 @@ enum {
     LEAST = 64 * LANES, /* tokens of a task of the dictionary, at least */
     MOST_TASKS = 256,   /* of the dictionary, per image */
     SHORT = 16 * LANES, /* tokens whose sums are kept in float; longer sums are in double */
+    LARGE = 1 << 21,    /* bytes of a map that will have left a core's own cache before anyone reads it */
 };
 
 /* --- linear layers ------------------------------------------------------------------------------------------------ */
@@ -49,6 +50,11 @@ static float *pack(const float *weight, const float *bias, const float *norm_wei
     return biases;
 }
 
+/* Whether a map (tokens, stride) is to be written past the caches. */
+static int streams(const float *out, int64_t tokens, int64_t stride) {
+    return tokens * stride * (int64_t)sizeof(float) >= LARGE && stride % 16 == 0 && (uintptr_t)out % 64 == 0;
+}
+
 /* x (tokens, in), LayerNorm (in) twice or NULL, weight (width, in), bias (width) or NULL, a second layer of the same or
  * NULL -> out (tokens, width) and out2. To the first layer belong what is added, like out, or NULL; and rows (…, columns)
  * with row (tokens), or NULL: then out is (tokens, width + columns), and what is added with it. */
@@ -64,8 +70,9 @@ int ppsr_linear(const float *x, const float *norm_weight, const float *norm_bias
     const float *biases = pack(weight, bias, norm_weight, norm_bias, in, in, width, packed);
     const float *biases2 = weight2 ? pack(weight2, bias2, norm_weight, norm_bias, in, in, width2, packed + floats) : NULL;
     const struct part parts[2] = {
-        {packed, biases, width, {add ? add : add2, add ? add2 : NULL}, out, width + columns, NULL},
-        {packed + floats, biases2, width2, {NULL, NULL}, out2, width2, NULL}};
+        {packed, biases, width, {add ? add : add2, add ? add2 : NULL}, out, width + columns, NULL,
+         streams(out, tokens, width + columns)},
+        {packed + floats, biases2, width2, {NULL, NULL}, out2, width2, NULL, streams(out2, tokens, width2)}};
     struct linear_loop loop = {{x, in, norm_weight ? eps : -1, has_gelu != 0, weight2 ? 2 : 1, parts, rows, row, columns},
                                tokens};
     const int failed =
@@ -93,8 +100,10 @@ int ppsr_linear_some(const float *x, const float *norm_weight, const float *norm
     for (int i = 0; i < PARTS; i++) {
         if (!widths[i]) continue;
         const float *packed_bias = pack(weights[i], biases[i], norm_weight, norm_bias, in, in, widths[i], to);
-        parts[used++] = (struct part){to, packed_bias, widths[i], {NULL, NULL}, i < 2 ? out + i * first : out2,
-                                      i < 2 ? first + rest : width2, only[i]};
+        float *results = i < 2 ? out + i * first : out2;
+        const int64_t stride = i < 2 ? first + rest : width2;
+        parts[used++] = (struct part){to, packed_bias, widths[i], {NULL, NULL}, results, stride, only[i],
+                                      streams(results, tokens, stride)};
         to += padded(widths[i], LANES) * (in + 1);
     }
     parts->add[0] = add ? add : add2;

@@ -51,6 +51,25 @@ INLINE vf load_anywhere(const float *p) { return *(const vf_anywhere *)p; }
 INLINE void store_anywhere(float *p, vf x) { *(vf_anywhere *)p = x; }
 INLINE vf splat(float x) { return (vf){0} + x; }
 
+/* Store to memory past the caches, which would first read the lines that are overwritten; p is aligned like a vector.
+ * Before another thread reads, stream_fence. */
+INLINE void stream(float *p, vf x) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX__)
+    _mm256_stream_ps(p, (__m256)x);
+#elif defined(__SSE2__)
+    _mm_stream_ps(p, (__m128)x);
+#else
+    store(p, x);
+#endif
+}
+INLINE void stream_fence(void) {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 /* Element i of the result is element number i of those that are listed, counted through a and then b. */
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
