@@ -562,10 +562,12 @@ def _size_of(image) -> tuple[int, int] | None:
     if isinstance(image, np.ndarray):
         return image.shape[:2] if image.ndim in (2, 3) and image.size else None
     if isinstance(image, Image.Image):
-        return image.height, image.width
+        return (image.height, image.width) if image.height * image.width else None
+    if not isinstance(image, (str, os.PathLike)):  # a number is no name, but an open file that reading would close
+        return None
     try:
         return read_header(image).upright if os.path.isfile(image) else None
-    except (UserError, ValueError, TypeError):  # a NUL in the name, what is no name
+    except (UserError, ValueError):  # a NUL in the name
         return None
 
 

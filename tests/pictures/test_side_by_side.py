@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from picture_cases import Repeat, noise, png
+from PIL import Image
 from support import needs_kernels
 
 from ppsr.archs import ATDLight, PPATDLight
@@ -169,6 +170,14 @@ def test_the_first_that_fails_is_named(two_threads, pools, upscaler):
     with pytest.raises(UserError, match=r'^Picture 3 of 6: A float array must lie in \[0, 1\]'):
         upscaler.upscale_many(pictures)
     assert pools == [2]
+
+
+def test_what_is_no_picture_is_told_and_left_alone(two_threads, upscaler, tmp_path):
+    file = png(tmp_path / 'a.png', small(1)[0]).open('rb')
+    for image in (file.fileno(), True, None, b'a.png', Image.new('RGB', (0, 5))):
+        with pytest.raises(UserError, match='^Picture 1 of 1: '):
+            upscaler.upscale_many([image])
+    assert file.read(4) == b'\x89PNG'  # a number may be somebody's open file
 
 
 @needs_kernels
