@@ -66,11 +66,27 @@ static NOT_INLINE void finish_last(int rows, const float *sums, const struct par
         }
 }
 
+/* How many lines of a row of x are fetched before the outputs from `column` on are worked on. */
+INLINE int64_t lines_before(const struct linear *l, const struct part *part, int64_t column) {
+    return (l->in * (column < part->width ? column : part->width) / part->width + LANES - 1) / LANES;
+}
+
+/* What the next chunk reads in the place of `rows` tokens is fetched little by little, while the sums are computed: all
+ * at once would be more than the processor can wait for. Beyond the last row nothing is there, and nothing happens. */
+INLINE void fetch_ahead(int rows, const struct linear *l, const struct part *part, int64_t column, int64_t first) {
+    const int64_t next = first + CHUNK, last = lines_before(l, part, column + LANES);
+    for (int64_t line = lines_before(l, part, column); line < last && part == l->part; line++)
+        EACH(i, rows) __builtin_prefetch(l->x + (next + i) * l->in + line * LANES, 0, 2);
+    for (int a = 0; a < 2 && part->add[a]; a++)
+        EACH(i, rows) __builtin_prefetch(part->add[a] + (next + i) * part->stride + column, 0, 2);
+}
+
 /* `rows` <= BLOCK tokens of `depth` numbers or words, the 16 outputs of a part from `column` on, which exist if they
  * are `whole`; the tokens follow each other from number first on, or are the ones listed. */
-INLINE void linear_block(int rows, int64_t depth, const float *x, int has_gelu, const struct part *part, int64_t column,
-                         int whole, int64_t first, const int64_t *token) {
+INLINE void linear_block(int rows, int64_t depth, const float *x, const struct linear *l, int has_gelu,
+                         const struct part *part, int64_t column, int whole, int64_t first, const int64_t *token) {
     const float *bias = part->bias + column;
+    if (!token) fetch_ahead(rows, l, part, column, first);
     vf y[BLOCK][NV];
     EACH(i, rows)
         EACH(v, NV) y[i][v] = load(bias + v * VL);
@@ -100,37 +116,38 @@ INLINE void linear_block(int rows, int64_t depth, const float *x, int has_gelu, 
         }
 }
 
-INLINE void linear_panel(int64_t n, int64_t depth, const float *x, const struct part *part, int64_t column, int whole,
-                         int has_gelu, int64_t first, const int64_t *token) {
+INLINE void linear_panel(int64_t n, int64_t depth, const float *x, const struct linear *l, int has_gelu,
+                         const struct part *part, int64_t column, int whole, int64_t first, const int64_t *token) {
     int64_t i = 0;
     for (; i + BLOCK <= n; i += BLOCK)
-        linear_block(BLOCK, depth, x + i * depth, has_gelu, part, column, whole, first + i, token ? token + i : NULL);
+        linear_block(BLOCK, depth, x + i * depth, l, has_gelu, part, column, whole, first + i, token ? token + i : NULL);
     /* the rest in powers of two, to keep several accumulators going */
 #pragma GCC unroll 4
     for (int step = 8; step; step /= 2)
         if (step < BLOCK && n - i >= step) {
-            linear_block(step, depth, x + i * depth, has_gelu, part, column, whole, first + i, token ? token + i : NULL);
+            linear_block(step, depth, x + i * depth, l, has_gelu, part, column, whole, first + i,
+                         token ? token + i : NULL);
             i += step;
         }
 }
 
-INLINE void linear_panels(int64_t n, int64_t depth, const float *x, const struct part *part, int has_gelu, int64_t first,
-                          const int64_t *token) {
+INLINE void linear_panels(int64_t n, int64_t depth, const float *x, const struct linear *l, int has_gelu,
+                          const struct part *part, int64_t first, const int64_t *token) {
     int64_t column = 0;
     for (; column + LANES <= part->width; column += LANES)
-        linear_panel(n, depth, x, part, column, 1, has_gelu, first, token);
-    if (column < part->width) linear_panel(n, depth, x, part, column, 0, has_gelu, first, token);
+        linear_panel(n, depth, x, l, has_gelu, part, column, 1, first, token);
+    if (column < part->width) linear_panel(n, depth, x, l, has_gelu, part, column, 0, first, token);
 }
 
-/* A chunk of tokens, n rows of an operand, through a part: those from number first on, or those listed. */
-static NOT_INLINE void linear_part(int64_t n, int64_t depth, const float *x, const struct part *part, int has_gelu,
-                                   int64_t first, const int64_t *token) {
+/* A chunk of tokens, n rows of an operand, through a part: those of `l` from number first on, or those listed. */
+static NOT_INLINE void linear_part(int64_t n, int64_t depth, const float *x, const struct part *part,
+                                   const struct linear *l, int64_t first, const int64_t *token) {
     if (token)
-        linear_panels(n, depth, x, part, 0, 0, token);
-    else if (has_gelu)
-        linear_panels(n, depth, x, part, 1, first, NULL);
+        linear_panels(n, depth, x, NULL, 0, part, 0, token);
+    else if (l->gelu)
+        linear_panels(n, depth, x, l, 1, part, first, NULL);
     else
-        linear_panels(n, depth, x, part, 0, first, NULL);
+        linear_panels(n, depth, x, l, 0, part, first, NULL);
 }
 
 /* What will be read and written for a token of a part. */
@@ -164,10 +181,7 @@ static void linear(const struct linear *l, int64_t begin, int64_t end, float *sc
             most = most > wanted[p] ? most : wanted[p];
         }
         if (!most) continue;
-        /* memory that is read in steps of a row, which the processor does not foresee */
-        prefetch_floats(l->x + next * l->in, soon * l->in);
-        for (int a = 0; a < 2 && l->part->add[a] && wanted[0] == n; a++)
-            prefetch_floats(l->part->add[a] + next * l->part->stride, soon * l->part->stride);
+        if (wanted[0] < n) prefetch_floats(l->x + next * l->in, soon * l->in);
         const float *x = l->x + first * l->in;
         if (l->eps >= 0) {
             normalise(n, l->in, l->eps, x, scratch);
@@ -178,7 +192,7 @@ static void linear(const struct linear *l, int64_t begin, int64_t end, float *sc
             const struct part *part = &l->part[p];
             struct queue *q = &queue[p];
             if (wanted[p] == n) {
-                linear_part(n, depth, x, part, l->gelu, first, NULL);
+                linear_part(n, depth, x, part, l, first, NULL);
                 continue;
             }
             for (int64_t i = 0; i < n; i++) {
@@ -187,7 +201,7 @@ static void linear(const struct linear *l, int64_t begin, int64_t end, float *sc
                 q->token[q->waiting++] = first + i;
                 prefetch_token(part, first + i);
                 if (q->waiting < CHUNK) continue;
-                linear_part(CHUNK, depth, q->x, part, 0, 0, q->token);
+                linear_part(CHUNK, depth, q->x, part, NULL, 0, q->token);
                 q->waiting = 0;
             }
         }
@@ -196,7 +210,7 @@ static void linear(const struct linear *l, int64_t begin, int64_t end, float *sc
                 l->part->out[t * l->part->stride + l->part->width + i] = l->rows[l->row[t] * l->columns + i];
     }
     for (int64_t p = 0; p < l->parts; p++)
-        if (queue[p].waiting) linear_part(queue[p].waiting, depth, queue[p].x, &l->part[p], 0, 0, queue[p].token);
+        if (queue[p].waiting) linear_part(queue[p].waiting, depth, queue[p].x, &l->part[p], NULL, 0, queue[p].token);
     stream_fence();
 }
 
@@ -257,11 +271,11 @@ static void stand_in(const struct stand_in *s, int64_t begin, int64_t end, float
             prefetch_token(&part, y * s->width + x);
             token[waiting++] = y * s->width + x;
             if (waiting < CHUNK) continue;
-            linear_part(CHUNK, WORDS(in), operand(CHUNK, in, rows, rows), &part, 0, 0, token);
+            linear_part(CHUNK, WORDS(in), operand(CHUNK, in, rows, rows), &part, NULL, 0, token);
             waiting = 0;
         }
     }
-    if (waiting) linear_part(waiting, WORDS(in), operand(waiting, in, rows, rows), &part, 0, 0, token);
+    if (waiting) linear_part(waiting, WORDS(in), operand(waiting, in, rows, rows), &part, NULL, 0, token);
 }
 
 /* --- depthwise convolution ---------------------------------------------------------------------------------------- */
