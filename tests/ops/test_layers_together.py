@@ -49,6 +49,8 @@ def test_large_maps_are_those_of_small_pieces(target, threads, two_threads):
     x, add = random(1, n, 48).float(), random(1, n, 48, seed=1).float()
     norm, qkv, q, proj, narrow = nn.LayerNorm(48), *(nn.Linear(48, width) for width in (144, 8, 48, 30))
     some = torch.arange(n).view(1, n) // 30 % 3 != 0  # in and across chunks
+    depthwise = nn.Conv2d(48, 48, 7, padding=3, groups=48)
+    keys, values = random(1, 20, 8, seed=2).float(), random(1, 20, 48, seed=3).float()
 
     def run(part):
         x_part, add_part, some_part = x[:, part], add[:, part], some[:, part]
@@ -59,6 +61,8 @@ def test_large_maps_are_those_of_small_pieces(target, threads, two_threads):
             queries.where(some_part[..., None], queries.new_zeros(())),
             beside,
             linear_some(add_part.clone(), x_part, proj, some_part, add_part),
+            depthwise_mix(x_part.view(-1, 50, 50, 48), depthwise).view(1, -1, 48),
+            dictionary_attention(x_part[..., :8], keys, values)[0],
         )
 
     torch.set_num_threads(threads)

@@ -79,6 +79,7 @@ struct depthwise {
     const float *u, *weight, *bias; /* (height, width, channels), (kernel, kernel, channels), (channels) */
     int64_t height, width, channels, kernel;
     float *out;
+    int stream; /* as in struct part */
 };
 
 /* Similarity of tokens and dictionary: softmax over the entries of q k / |q|; one image. */
@@ -88,6 +89,7 @@ struct dictionary {
     int64_t channels;
     const float *v; /* attention: (panels of 16 channels, entries, 16) */
     float *out;     /* (tokens, channels) */
+    int stream;     /* as in struct part */
     int64_t *category;
     const float *x;     /* refinement: (tokens, channels) */
     const float *pivot; /* (entries) the similarity of the first token, which others are measured from: d = sim - pivot.

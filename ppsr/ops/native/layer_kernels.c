@@ -309,7 +309,11 @@ INLINE void depthwise_block(const struct depthwise *d, int n, int64_t kernel, in
     }
     EACH(i, n) {
         const int64_t at = (y * d->width + x + i) * channels + c;
-        store_anywhere(d->out + at, load_anywhere(d->u + at) + gelu(sum[i]));
+        const vf y = load_anywhere(d->u + at) + gelu(sum[i]);
+        if (VL == LANES && d->stream) /* a shorter vector would be a part of a line, whose rest comes much later */
+            stream(d->out + at, y);
+        else
+            store_anywhere(d->out + at, y);
     }
 }
 
@@ -346,6 +350,7 @@ static void depthwise(const struct depthwise *d, int64_t row) {
             for (int64_t c = 0; c < d->channels; c = next_channel(d, c))
                 for (int64_t i = x; i < end; i++) depthwise_block(d, 1, d->kernel, row, i, c, 0);
     }
+    stream_fence();
 }
 
 /* --- tokens and dictionary ---------------------------------------------------------------------------------------- */
@@ -408,13 +413,16 @@ static void attend(const struct dictionary *d, int64_t begin, int64_t end, float
             const int64_t width = channels - c < LANES ? channels - c : LANES;
             for (int64_t l = 0; l < n; l++) {
                 float *to = d->out + (first + l) * channels + c;
-                if (width == LANES)
+                if (d->stream)
+                    EACH(v, NV) stream(to + v * VL, load(rows + l * LANES + v * VL));
+                else if (width == LANES)
                     EACH(v, NV) store_anywhere(to + v * VL, load(rows + l * LANES + v * VL));
                 else
                     memcpy(to, rows + l * LANES, width * sizeof(float));
             }
         }
     }
+    stream_fence();
 }
 
 static void moments(const struct dictionary *d, int64_t begin, int64_t end, float *scratch, struct moments *result) {

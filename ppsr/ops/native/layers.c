@@ -175,7 +175,8 @@ int ppsr_depthwise(const float *u, const float *weight, const float *bias, float
     if (!by_tap) return -1;
     for (int64_t c = 0; c < channels; c++)
         for (int64_t t = 0; t < taps; t++) by_tap[t * channels + c] = weight[c * taps + t];
-    struct depthwise d = {u, by_tap, bias, height, width, channels, kernel, out};
+    struct depthwise d = {u, by_tap, bias, height, width, channels, kernel, out,
+                          streams(out, batch * height * width, channels)};
     const int failed = ppsr_for_each(batch * height, threads, 0, &d, depthwise_task);
     free(by_tap);
     return failed;
@@ -248,7 +249,7 @@ int ppsr_dictionary_attention(const float *q, const float *k, const float *v, fl
     }
     struct dictionary_loop loop = plan((struct dictionary){
         .q = q, .k = k, .tokens = tokens, .rank = rank, .entries = entries, .channels = channels, .v = packed,
-        .out = out, .category = category});
+        .out = out, .stream = streams(out, batch * tokens, channels), .category = category});
     const int failed = for_each_part(&loop, batch, threads, attend_task);
     free(packed);
     return failed;
