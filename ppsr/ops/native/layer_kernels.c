@@ -480,8 +480,14 @@ static void refine(const struct dictionary *d, int64_t begin, int64_t end, float
         for (int64_t c = 0; c < channels; c += LANES) {
             const int64_t width = channels - c < LANES ? channels - c : LANES;
             if (n < LANES || width < LANES) memset(rows, 0, LANES * LANES * sizeof(float));
-            for (int64_t l = 0; l < n; l++)
-                memcpy(rows + l * LANES, d->x + (first + l) * channels + c, width * sizeof(float));
+            for (int64_t l = 0; l < n; l++) {
+                const float *from = d->x + (first + l) * channels + c;
+                __builtin_prefetch(from + LANES * channels, 0, 2); /* of the next 16 tokens */
+                if (width == LANES)
+                    EACH(v, NV) store(rows + l * LANES + v * VL, load_anywhere(from + v * VL));
+                else
+                    memcpy(rows + l * LANES, from, width * sizeof(float));
+            }
             product(entries, LANES, rows, p, LANES, 1, sums + c * entries, sums + c * entries);
         }
     }
