@@ -1,10 +1,12 @@
 """From a weight file to another: a BasicSR .pth becomes a .safetensors that carries its configuration, and back."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from ppsr.archs.build import as_arch, build_network
 from ppsr.archs.settings import check_settings
+from ppsr.calibration.curve import KEY, Curve
 from ppsr.errors import UserError
 from ppsr.weights import build_and_load, described, read_checkpoint, save_checkpoint
 
@@ -52,12 +54,21 @@ def convert(
     yield from (f'  {name}: {value}' for name, value in config.items())
     if not known and category_size is None and 'category_size' in config:
         yield f'  (category_size {config["category_size"]} is the published one: the file does not say it)'
-    yield from (f'  {printable(name)}: {printable(value)}' for name, value in checkpoint.facts.items())
+    yield from (f'  {printable(name)}: {printable(_shown(name, value))}' for name, value in checkpoint.facts.items())
 
     net = build_and_load(lambda: build_network(config, f'{source}'), checkpoint, config['type'])
     buffers = {name: value for name, value in net.state_dict().items() if name not in tensors}  # those that follow
     save_checkpoint(target, tensors | buffers, config, checkpoint.facts)
     yield f'{target} written: {config["type"]} ×{config.get("upscale", "?")}, all keys fit'
+
+
+def _shown(name: str, fact):
+    """A fact, of a curve what it was measured on instead of its hundreds of numbers."""
+    if name == KEY:
+        with suppress(UserError):
+            curve = Curve.from_fact(fact, name)
+            return f'{len(curve.points)} settings on {curve.images} images of {curve.data}, against {curve.against}'
+    return fact
 
 
 def printable(value) -> str:

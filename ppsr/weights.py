@@ -5,6 +5,7 @@ file) and the facts of a model card. Any BasicSR ``.pth`` is read, too, with ``w
 run code is refused.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -44,6 +45,7 @@ __all__ = [
     'read_checkpoint',
     'require_fit',
     'require_shapes',
+    'require_writable',
     'resolve',
     'save_checkpoint',
     'without_derived',
@@ -215,6 +217,25 @@ def save_checkpoint(path: str | Path, state_dict: dict[str, Tensor], config: dic
             temporary.write_bytes(content)
     except OSError as e:
         raise UserError(f'{path}: cannot be written ({e.strerror or e}).') from e
+
+
+def require_writable(path: str | Path) -> None:
+    """Find out before a long computation whether :func:`save_checkpoint` will be able to write there.
+
+    Raises:
+        UserError: it will not.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(_OnlyTried), atomic_path(path):
+            raise _OnlyTried  # the temporary file is removed, and `path` left as it is
+    except OSError as e:
+        raise UserError(f'{path}: cannot be written ({e.strerror or e}).') from e
+
+
+class _OnlyTried(Exception):
+    pass
 
 
 def load_into(net: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> list[str]:

@@ -84,6 +84,17 @@ def test_key_and_facts(tmp_path, plain, tiny):
         list(convert(target, tmp_path / 'z.pth', key='params'))
 
 
+def test_a_curve_is_told_in_a_line(tmp_path, plain, tiny):
+    point = {'scope': ['category'], 'mask': 'gradient', 'threshold': 0.05, 'losses': [0.125, 0.25], 'saved': 0.1}
+    curve = {'data': 'Some', 'against': 'ground truth', 'points': [point]}
+    source, state = tmp_path / 'x.safetensors', read_checkpoint(plain).state_dict
+    for fact, line in ((curve, '1 settings on 2 images of Some, against ground truth'), ({'a': 1}, "{'a': 1}")):
+        save_checkpoint(source, state, {'type': 'ATDLight', **tiny}, {'calibration': fact})
+        target = tmp_path / f'{len(line)}.safetensors'
+        assert f'  calibration: {line}' in list(convert(source, target))
+        assert read_checkpoint(target).facts == {'calibration': fact}
+
+
 def test_pure_pass_weights_become_plain_and_portable(tmp_path, tiny):
     """`--arch ATDLight` records no setting of Pure-Pass; an old file without the published buffer gains it."""
     state = PPATDLight(**tiny).state_dict()

@@ -58,3 +58,13 @@ def test_files_and_options_know_it(example, tmp_path):
     save_checkpoint(tmp_path / 'tiny.safetensors', net.state_dict(), config)
     loaded = load_model(tmp_path / 'tiny.safetensors', arch='PPTinySR')
     assert loaded.blocks[0].comp is not None and not [name for name in loaded.state_dict() if 'comp.' in name]
+
+
+@pytest.mark.parametrize(
+    'page', sorted(REPOSITORY.glob('docs/*.md')) + [REPOSITORY / 'README.md'], ids=lambda p: p.name
+)
+def test_examples_import_basicsr_behind_ppsr(page):
+    """Alone basicsr does not import on today's torchvision; here it has been imported long before."""
+    for block in re.findall(r'^```python\n(.*?)^```', page.read_text('utf-8'), re.MULTILINE | re.DOTALL):
+        imported = re.findall(r'^(?:>>> )?(?:import|from) (\w+)', block, re.MULTILINE)
+        assert 'basicsr' not in imported or 'ppsr' in imported[: imported.index('basicsr')]

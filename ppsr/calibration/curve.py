@@ -5,7 +5,7 @@ against the sections below.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import mean
 from typing import Annotated
 
@@ -61,7 +61,7 @@ class Point:
     scope: tuple[str, ...]
     mask: str
     threshold: float | None
-    losses: tuple[float, ...]
+    losses: tuple[float, ...] = field(repr=False)  # hundreds of numbers in what `print(upscaler.stats)` shows
     saved: float
 
     @property
@@ -102,7 +102,7 @@ class Curve:
 
     data: str
     against: str
-    points: tuple[Point, ...]
+    points: tuple[Point, ...] = field(repr=False)
 
     @property
     def images(self) -> int:

@@ -24,7 +24,16 @@ from ppsr.images import decode_rgb, to_image, to_tensor
 from ppsr.masks import build_mask
 from ppsr.metrics import psnr
 from ppsr.registry import registered
-from ppsr.weights import Checkpoint, build_and_load, described, load_into, read_checkpoint, resolve, save_checkpoint
+from ppsr.weights import (
+    Checkpoint,
+    build_and_load,
+    described,
+    load_into,
+    read_checkpoint,
+    require_writable,
+    resolve,
+    save_checkpoint,
+)
 
 __all__ = ['FEWEST', 'THRESHOLDS', 'calibrate', 'evenly', 'load_with_stand_in', 'measure_curve']
 
@@ -75,6 +84,7 @@ def calibrate(
     net = net.to(device)
     sources = _find(Path(data), net.upscale if ground_truth else None)
     measured = evenly(sources, images)
+    require_writable(output)
     facts = dict(checkpoint.facts)
     if fitted := refit or not has_stand_in:
         rest = [source for source in sources if source not in measured]

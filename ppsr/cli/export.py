@@ -50,7 +50,7 @@ def run(args) -> int:
         need('export', 'ppsr export', 'onnx', 'onnxscript', *['onnxruntime'] * args.check)
         return _onnx(args, target)
     if args.fp16 or not args.size:
-        raise UserError('--format executorch needs --size WIDTH HEIGHT and stores float32 weights (no --fp16).')
+        raise UserError('a file of executorch needs --size WIDTH HEIGHT and stores float32 weights (no --fp16).')
     return _executorch(args, target)
 
 

@@ -26,7 +26,7 @@ from ppsr.data.paired_sr_dataset import PairedSRDataset
 from ppsr.data.synthetic_graphics import SyntheticGraphics
 from ppsr.errors import UserError
 from ppsr.paper.flatness import COLOURS, flatness
-from ppsr.weights import guess_config, load_model, read_checkpoint, resolve, save_checkpoint
+from ppsr.weights import guess_config, load_model, read_checkpoint, require_writable, resolve, save_checkpoint
 
 __all__ = ['fit_upsampler', 'one_colour_pictures', 'with_scale']
 
@@ -185,6 +185,7 @@ def _fit(args: argparse.Namespace) -> None:
     found = guess_config(checkpoint.state_dict, checkpoint.config['type'])
     whole = {name: found[name] for name in ('pp_scope', 'pp_window_compensation') if name in found}
     net = load_model(args.model, settings=whole)
+    require_writable(args.output)
     pairs = crops(args.data, args.scale, args.crops, args.size, args.drawings, args.meta_info)
     fitted = f'{args.crops} crops of {args.size}x{args.size} LR pixels, {args.drawings:.0%} drawings'
     if args.scale == net.upscale:

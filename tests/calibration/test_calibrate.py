@@ -148,6 +148,16 @@ def test_files_stay_what_they_were_for_those_who_ask_for_nothing(calibrated, den
     assert all(torch.equal(checkpoint.state_dict[name], value) for name, value in dense.items())
 
 
+def test_what_cannot_be_written_is_known_before_anything_is_computed(dense_weights, data, tmp_path, monkeypatch):
+    (tmp_path / 'file').touch()
+    (tmp_path / 'folder.safetensors').mkdir()
+    monkeypatch.setattr('ppsr.calibration.measure.fit_stand_ins', lambda *_: pytest.fail('computed'))
+    for output in (tmp_path / 'file' / 'x.safetensors', tmp_path / 'folder.safetensors'):
+        with pytest.raises(UserError, match='cannot be written'):
+            calibrate(dense_weights, data, output, 5, [0.1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['file', 'folder.safetensors']
+
+
 def test_a_stand_in_that_is_there_stays_unless_asked(calibrated, data, tmp_path):
     path, again, refitted = calibrated[0], tmp_path / 'again.safetensors', tmp_path / 'refitted.safetensors'
     state = read_checkpoint(path).state_dict

@@ -97,3 +97,14 @@ def test_a_mistake_is_a_sentence(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2 and 'nothing: no such weight file' in capsys.readouterr().err and not output.exists()
+
+
+def test_what_cannot_be_written_is_known_before_anything_is_computed(monkeypatch, tmp_path, capsys):
+    (tmp_path / 'file').touch()
+    output = tmp_path / 'file' / 'x4.safetensors'
+    command = ['upsampler', '-n', 'PPATDLight_x4', '--scale', '4', '--data', str(tmp_path), '-o', str(output)]
+    monkeypatch.setattr('sys.argv', command)
+    monkeypatch.setattr('ppsr.training.upsampler.fit_upsampler', lambda *_, **__: pytest.fail('computed'))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and f'{output}: cannot be written' in capsys.readouterr().err
