@@ -184,7 +184,8 @@ class ExemptingLayer(nn.Module):
             return None
         attentions = [window, category] if category is not None and 'category' in self.scope else [window]
         linears = [qkv, *(attention.proj for attention in attentions)]
-        plain = are_untouched(nn.Linear, *linears) and are_unwatched(self.comp, *attentions)
+        # of all: results of any module may be written over, which nobody who keeps them must see
+        plain = are_untouched(nn.Linear, *linears) and are_unwatched(*self.children())
         if qkv.weight.is_cuda or not (plain and type(self.comp) in KINDS.values() and pure.any()):
             return None
 

@@ -182,6 +182,21 @@ def test_modules_that_somebody_watches_or_replaced_are_called():
 
 
 @pytest.mark.parametrize('backend', ['torch', 'native'])
+def test_what_a_hook_keeps_is_not_written_over(backend):
+    net, lq = network().eval(), batch()
+    for name, module in first_layer(net).named_modules():
+        kept = []
+
+        def keep(module, inputs, output, kept=kept):
+            outputs = output if isinstance(output, tuple) else (output,)
+            kept.extend((o, o.clone()) for o in outputs if isinstance(o, torch.Tensor))
+
+        with torch.no_grad(), use_backend(backend), module.register_forward_hook(keep):
+            net(lq)
+        assert all(torch.equal(*pair) for pair in kept), name
+
+
+@pytest.mark.parametrize('backend', ['torch', 'native'])
 def test_an_image_alone_is_what_it_is_beside_others(backend):
     net, lq = network().eval(), batch(32, 32)
     with torch.no_grad(), use_backend(backend):
