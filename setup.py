@@ -38,7 +38,7 @@ class BuildKernels(build_ext):
         return os.path.join(*fullname.split('.')) + '.so'
 
     def build_extension(self, ext):
-        flags = ['-O3', '-g0', '-std=gnu11', '-fPIC', '-Wno-psabi']
+        flags = ['-O3', '-g0', '-std=gnu11', '-fPIC', '-Wno-psabi', '-fno-math-errno']
 
         def compile(files, folder, options=(), **macros):
             folder = os.path.join(self.build_temp, folder)

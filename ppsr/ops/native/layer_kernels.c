@@ -456,6 +456,22 @@ static void moments(const struct dictionary *d, int64_t begin, int64_t end, floa
         }
 }
 
+/* `count` vectors of similarities p, from entry m on -> weights, which are added to their totals. */
+INLINE void weigh(const struct dictionary *d, int count, int64_t m, const vf *mask, float *p, float *total) {
+    vf w[IN_STEP];
+    EACH(i, count) {
+        const int64_t of = m + i / NV;
+        w[i] = (load(p + m * LANES + i * VL) - d->pivot[of]) * mask[i % NV] * d->slope[of] - d->peak[of];
+    }
+    exp2_in_step(count, w);
+    EACH(i, count) {
+        const int64_t at = m * LANES + i * VL;
+        w[i] *= mask[i % NV];
+        store(p + at, w[i]);
+        store(total + at, load(total + at) + w[i]);
+    }
+}
+
 static void refine(const struct dictionary *d, int64_t begin, int64_t end, float *scratch, float *sums,
                    float *weights) {
     const int64_t entries = d->entries, channels = d->channels;
@@ -466,17 +482,9 @@ static void refine(const struct dictionary *d, int64_t begin, int64_t end, float
         vf mask[NV];
         existing(n, mask);
         similarity(d, first, n, q, p, NULL);
-        for (int64_t m = 0; m < entries; m++) {
-            vf w[NV];
-            EACH(v, NV) w[v] = (load(p + m * LANES + v * VL) - d->pivot[m]) * mask[v] * d->slope[m] - d->peak[m];
-            exp2_in_step(NV, w);
-            EACH(v, NV) {
-                const int64_t at = m * LANES + v * VL;
-                w[v] *= mask[v];
-                store(p + at, w[v]);
-                store(total + at, load(total + at) + w[v]);
-            }
-        }
+        int64_t m = 0;
+        for (; m + IN_STEP / NV <= entries; m += IN_STEP / NV) weigh(d, IN_STEP, m, mask, p, total);
+        for (; m < entries; m++) weigh(d, NV, m, mask, p, total);
         for (int64_t c = 0; c < channels; c += LANES) {
             const int64_t width = channels - c < LANES ? channels - c : LANES;
             if (n < LANES || width < LANES) memset(rows, 0, LANES * LANES * sizeof(float));
