@@ -217,7 +217,8 @@ class MaskedNetwork(HubNetwork, nn.Module, ABC):
         h, w = lq.shape[-2:]
         x = self.pad(lq)
         mask = self.pure_mask(x)  # once per image, for every layer
-        inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # where memory is from is not to be recorded
+        inference = not (torch.is_grad_enabled() or traced)
         with reuse() if inference else contextlib.nullcontext():
             sr = self.restore(x, mask)[..., : h * self.upscale, : w * self.upscale]
         return (sr, mask) if return_mask else sr

@@ -119,6 +119,16 @@ def test_training_has_nothing_of_it(net):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore::DeprecationWarning')
+def test_a_trace_records_nothing_of_it(net):
+    (x,) = pictures(1)
+    x[..., :9] = 0.3  # something is pure
+    expected = net(x)
+    workspace.free()
+    assert torch.equal(torch.jit.trace(net, x, check_trace=False)(x), expected) and workspace.held() == 0
+
+
+@torch.no_grad()
 def test_the_measure_of_memory_begins_with_nothing_held(net):
     from ppsr.pictures.memory import release_heap
 
