@@ -131,6 +131,9 @@ def entry(argv: list[str] | None = None) -> None:
         code = main(argv)
     except BrokenPipeError:  # `ppsr --help | head -1`
         pass
+    except KeyboardInterrupt:  # while modules were imported; a command that runs tells its own
+        code = 130
+        print('ppsr: interrupted.', file=sys.stderr)
     except OSError as error:  # of --help: commands tell their own
         print(f'ppsr: error: standard output cannot be written: {error.strerror}.', file=sys.stderr)
     finally:

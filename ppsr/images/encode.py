@@ -47,7 +47,7 @@ def _write_error(path: Path, error: OSError) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f'{path} cannot be written: the disk is full; free some space and run again.')
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f'{path} cannot be written: no permission for {path.parent}.')
+        return UserError(f'{path} cannot be written: no permission for {path.parent.absolute()}.')
     return UserError(f'{path} cannot be written: {error.strerror or error}.')
 
 

@@ -251,6 +251,7 @@ class _Run:
     def _iterate(self) -> bool:
         """All iterations that are left; False when asked to stop on the way."""
         message_logger = MessageLogger(self.opt, self.iteration, self.tb_logger)
+        message_logger.max_iters += 1  # or the time left is that for one iteration less: in the last one -1 day
         data_timer, iter_timer = AvgTimer(), AvgTimer()
         while self.iteration < self.total:
             for data in self._batches():

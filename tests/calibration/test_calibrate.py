@@ -220,6 +220,7 @@ def test_choice(wish, chosen):
     assert choice.point == (None if chosen is None else CURVE.points[chosen])
     assert str(wish) in str(choice) and '\n' not in str(choice)
     assert ('dense' in str(choice)) == (chosen is None)
+    assert 'losses' not in repr(choice) and len(repr(choice)) < 500  # part of what `print(upscaler.stats)` shows
 
 
 @pytest.mark.parametrize(

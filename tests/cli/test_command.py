@@ -242,3 +242,16 @@ def test_any_name_of_a_file_is_one_sentence(command, kind, tmp_path, monkeypatch
         said = capsys.readouterr().err
         assert code in (1, 2) and said.startswith('ppsr: error: ') and said.count('\n') == 1 and len(said) < 1000, said
     assert [path.name for path in tmp_path.rglob('*') if not path.is_dir()] == ['file']
+
+
+def test_interrupted_while_modules_are_imported(tmp_path):
+    """Ctrl-C in the first seconds, before there is a command to tell it."""
+    code = """
+import sys, ppsr_command
+def interrupted(name):
+    raise KeyboardInterrupt
+ppsr_command.importlib.import_module = interrupted
+ppsr_command.entry(['upscale'])
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert (done.returncode, done.stderr) == (130, 'ppsr: interrupted.\n')

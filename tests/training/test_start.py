@@ -2,12 +2,14 @@
 
 import importlib.machinery
 import os
+import re
 import sys
 import threading
 import types
 
 import pytest
 import torch
+from basicsr.utils import MessageLogger
 from basicsr.utils.registry import ARCH_REGISTRY
 from tiny_training import options, write_options, write_pairs
 
@@ -82,6 +84,20 @@ def test_own_options_resume_and_start_anew(data, here, capfd):
     assert main(['train', '-opt', str(kept)]) == 0  # the file is archived with its experiment, what it says is kept
     assert (here / 'options.yml').read_text() in kept.read_text()
     assert sorted(name.split('_archived_')[0] for name in experiments(here)) == ['run', 'run']
+
+
+def test_time_left_is_none_in_the_last_iteration(data, here, monkeypatch):
+    class Slow(MessageLogger):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.start_time -= 1000
+
+    monkeypatch.setattr('ppsr.training.train.MessageLogger', Slow)
+    write_options(here, short(data))
+    assert main(['train', '-opt', 'options.yml']) == 0
+    (log,) = (here / 'experiments/run').glob('train_run_*.log')
+    left = re.findall(r'eta: (.*?), time', log.read_text())
+    assert left and left[-1] == '0:00:00' and '0:00:00' not in left[:-1]
 
 
 @pytest.mark.parametrize('name', ['models', 'training_states'])
