@@ -153,7 +153,9 @@ class CategoryAttention(nn.Module):
         if pure is None or self.compensation == 'value':
             return linear_add(x, self.proj, *add)
         # 'bypass' and 'zero' skip the projection, too: x already holds what a pure token gets
-        if torch.compiler.is_compiling():  # a number of rows that depends on the data would break the graph
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):  # as in one pass, to the last bit
+            x = linear_some(x.clone(), x, self.proj, ~pure)
+        elif torch.compiler.is_compiling():  # a number of rows that depends on the data would break the graph
             x = torch.where(pure[..., None], x, self.proj(x))
         else:
             x = x.masked_scatter(~pure[..., None], self.proj(x[~pure]).to(x.dtype))

@@ -196,9 +196,11 @@ def test_what_a_hook_keeps_is_not_written_over(backend):
         assert all(torch.equal(*pair) for pair in kept), name
 
 
+@pytest.mark.parametrize('of_category', ['value', 'bypass', 'zero'])
+@pytest.mark.parametrize('scope', [BOTH, ['category']], ids='-'.join)
 @pytest.mark.parametrize('backend', ['torch', 'native'])
-def test_an_image_alone_is_what_it_is_beside_others(backend):
-    net, lq = network().eval(), batch(32, 32)
+def test_an_image_alone_is_what_it_is_beside_others(backend, scope, of_category):
+    net, lq = network(scope=scope, pp_compensation=of_category).eval(), batch(32, 32)
     with torch.no_grad(), use_backend(backend):
         together, alone = net(lq), torch.cat([net(image[None]) for image in lq])
     if backend == 'native':
