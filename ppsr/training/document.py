@@ -27,7 +27,8 @@ from the declarations in `ppsr/training/schema.py`, by which options files are c
 refused, with the nearest one suggested, and so is a value of another type or out of its range. A key may stand once.
 
 `~` is YAML's nothing. Numbers with an exponent want a point (`1.0e-4`): YAML reads `1e-4` as text.
-`--force_yml section:key=value` changes a value on the command line. Models of other packages have keys of their own
+`--force_yml section:key=value` changes a value on the command line (`'val=~'` with quotes, as bash takes the `~` behind
+a plain name for your home folder). Models of other packages have keys of their own
 under `train`, `path`, `val`, `logger` and at the top, which are handed on unchecked. Of networks, losses and metrics of
 other packages the names of the settings are checked, of their data sets what the training itself reads.
 """
