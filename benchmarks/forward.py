@@ -106,11 +106,11 @@ def where_report(height: int, width: int, runs: int, backend: str, most: int = 1
     text = f'`{name}`, {mask.float().mean():.1%} pure, {saved:.1%} of the multiply-adds saved; means of {runs} runs:'
     lines = [title, '', text, '', table(['operator', 'dense', 'AC-MSA and SW-MSA exempt'], rows), '']
     dense_time, pp_time = (sum(of.values()) for of in (before, after))
-    found, most = (1 - time / dense_time for time in (pp_time, left))
+    found, possible = (1 - time / dense_time for time in (pp_time, left))
     lines += [
         'If the time of each kind of operator fell exactly as its own multiply-adds do, and nothing were added, '
-        f'{left:.0f} ms would be left: {most:.1%} of the time saved, {most / saved:.2f} of what is saved in '
-        f'multiply-adds. Of that {found / most:.0%} is reached.',
+        f'{left:.0f} ms would be left: {possible:.1%} of the time saved, {possible / saved:.2f} of what is saved in '
+        f'multiply-adds. Of that {found / possible:.0%} is reached.',
         '',
     ]
     return '\n'.join(lines)

@@ -10,9 +10,8 @@ thread, times their number. Weights are random, as in forward.py. Cases in turn,
 """
 
 import argparse
-import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -25,7 +24,7 @@ from ppsr.images import write_file
 from ppsr.pictures import side_by_side
 from ppsr.pictures.batch import plan_jobs, run_jobs
 from ppsr.pictures.upscaler import Upscaler
-from ppsr.runtime import tune_process
+from ppsr.runtime import threads, tune_process
 
 SIZES = ((54, 96), (90, 160), (180, 320))  # height, width
 
@@ -48,16 +47,6 @@ def report(arch: str, count: int, runs: int, sizes: Sequence[tuple[int, int]] = 
             rows.append([f'{width}×{height}', *speeds, f'{pure:.1%}', f'{ratio(s["dense"], s["pp"]):.2f}×'])
     header = [f'{arch}, input', 'dense, frames/s', 'Pure-Pass, frames/s', 'pure', 'Pure-Pass against dense']
     return '\n'.join([f'## Frames per second, {arch} ×4', '', table(header, rows), ''])
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def report_side_by_side(arch: str, count: int, runs: int, sizes: Sequence[tuple[int, int]]) -> str:

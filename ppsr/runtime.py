@@ -4,7 +4,8 @@
   PyTorch itself, since the kernels have workspaces (:mod:`ppsr.ops.workspace`).
 - Arithmetic on denormal numbers (tiny probabilities, tiny gradients) is microcoded on many CPUs: flushed to zero.
 
-``PPSR_NO_TUNING=1`` leaves both as they are. Not a matter of speed, and always done: :func:`forbid_unpickling`.
+``PPSR_NO_TUNING=1`` leaves both as they are. Not a matter of speed, and always done: :func:`forbid_unpickling`. For a
+while: :func:`threads`.
 """
 
 import contextlib
@@ -15,10 +16,21 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ['forbid_unpickling', 'tune_process']
+__all__ = ['forbid_unpickling', 'threads', 'tune_process']
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 KEEP_BYTES = 1 << 30  # free memory at the top of the heap that malloc keeps instead of giving it back
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch, and with it the compiled kernels, use so many threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -211,12 +211,8 @@ def save_checkpoint(path: str | Path, state_dict: dict[str, Tensor], config: dic
         if config is not None:
             metadata['config'] = json.dumps(config)
         content = safetensors.torch.save(state, metadata)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content)
-    except OSError as e:
-        raise UserError(f'{path}: cannot be written ({e.strerror or e}).') from e
+    with _written(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def require_writable(path: str | Path) -> None:
@@ -225,17 +221,23 @@ def require_writable(path: str | Path) -> None:
     Raises:
         UserError: it will not.
     """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(_OnlyTried), atomic_path(path):
-            raise _OnlyTried  # the temporary file is removed, and `path` left as it is
-    except OSError as e:
-        raise UserError(f'{path}: cannot be written ({e.strerror or e}).') from e
+    with contextlib.suppress(_OnlyTried), _written(Path(path)):
+        raise _OnlyTried  # the temporary file is removed, and `path` left as it is
 
 
 class _OnlyTried(Exception):
     pass
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """A file that is whole or not there, in a folder that is made; what the file system refuses is a UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            yield temporary
+    except OSError as e:
+        raise UserError(f'{path}: cannot be written ({e.strerror or e}).') from e
 
 
 def load_into(net: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> list[str]:

@@ -13,6 +13,7 @@ from support import TINY
 import ppsr  # noqa: F401, registers archs and models
 from ppsr.ops import native
 from ppsr.pictures import side_by_side
+from ppsr.runtime import threads
 
 hypothesis.settings.register_profile('ppsr', deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile('ppsr')
@@ -50,11 +51,15 @@ def tiny() -> dict:
 
 
 @pytest.fixture
+def one_thread():
+    with threads(1):
+        yield
+
+
+@pytest.fixture
 def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with threads(2):
+        yield
 
 
 @pytest.fixture

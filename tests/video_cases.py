@@ -1,11 +1,14 @@
 """Small videos for tests, made with PyAV."""
 
+import sys
+import time
 from fractions import Fraction
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from ppsr.pictures.upscaler import Upscaler
 from ppsr.video.colour import Layout, planes_of, rgb_to_planes
 
 SIZE = 32, 48
@@ -151,3 +154,17 @@ def read(path):
             if packet.size:
                 others[index.index(packet.stream.index)][2].append((packet.pts * packet.time_base, bytes(packet)))
     return times, frames, others
+
+
+def wait_in_the_eighth_frame(seconds):
+    """Of a command, in its own process: says 'waiting' on standard error and sleeps before it enlarges that one."""
+    real, calls = Upscaler.upscale_with_stats, []
+
+    def slow(self, *args, **options):
+        calls.append(args)
+        if len(calls) == 8:
+            print('waiting', file=sys.stderr, flush=True)
+            time.sleep(seconds)
+        return real(self, *args, **options)
+
+    Upscaler.upscale_with_stats = slow

@@ -153,12 +153,12 @@ class CategoryAttention(nn.Module):
         if pure is None or self.compensation == 'value':
             return linear_add(x, self.proj, *add)
         # 'bypass' and 'zero' skip the projection, too: x already holds what a pure token gets
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):  # as in one pass, to the last bit
-            x = linear_some(x.clone(), x, self.proj, ~pure)
-        elif torch.compiler.is_compiling():  # a number of rows that depends on the data would break the graph
+        if torch.compiler.is_compiling():  # a number of rows that depends on the data would break the graph
             x = torch.where(pure[..., None], x, self.proj(x))
-        else:
+        elif torch.is_grad_enabled():
             x = x.masked_scatter(~pure[..., None], self.proj(x[~pure]).to(x.dtype))
+        else:  # as where nothing is pure, to the last bit
+            x = linear_some(x.clone(), x, self.proj, ~pure)
         return sum(add, start=x)
 
     def attend(
@@ -293,7 +293,7 @@ class AttentionLayer(ExemptingLayer):
         x_cross, category, similarity = self.attn_atd(q.flatten(1, 2), k, v)
         if far_too:
             far = self.attn_aca.attend(qkv.flatten(1, 2), category, flat, 'zero', fill=False)
-            x_cross = linear_some(x_cross, far, self.attn_aca.proj, ~flat, x_cross).view(x.shape)
+            x_cross = linear_some(x_cross, far, self.attn_aca.proj, asking.flatten(1), x_cross).view(x.shape)
         else:
             x_cross = self.attn_aca(qkv.flatten(1, 2), category, None, x_cross).view(x.shape)
         near = self.attn_win.attend(qkv, self.shift, pure, fill=False)

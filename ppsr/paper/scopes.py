@@ -1,8 +1,7 @@
 """Masks and scopes beside each other: what each exempts, loses and saves, in multiply-adds and in seconds, on the same
 weights. The controls exempt as many pixels of each image as the paper's mask, but others."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from time import process_time
@@ -20,6 +19,7 @@ from ppsr.masks import PixelMask, build_mask
 from ppsr.metrics import psnr
 from ppsr.paper.measure import Cache, file_hash
 from ppsr.paper.report import Table
+from ppsr.runtime import threads
 from ppsr.weights import read_checkpoint, resolve
 
 __all__ = ['DENSE', 'MASKS', 'SETS', 'files_with_stand_in', 'measure_scopes', 'scope_table']
@@ -118,7 +118,7 @@ def _measure(net: MaskedNetwork, path: Path) -> dict[str, dict]:
     runs = list(settings(net).items())
     middle = len(runs) // 2  # dense at both ends and there: everything is compared with its time
     for setting, (mask, scope) in [*runs[:middle], runs[0], *runs[middle:], runs[0]]:
-        with net.exempting(mask, scope), one_thread():
+        with net.exempting(mask, scope), threads(1):
             if not record:
                 net(x)  # warms up
             start = process_time()
@@ -132,16 +132,6 @@ def _measure(net: MaskedNetwork, path: Path) -> dict[str, dict]:
         times = [*record.get(setting, {}).get('times', []), seconds]
         record[setting] = {'psnr': value, 'macs': macs, 'exempt': exempt, 'seconds': mean(times), 'times': times}
     return record
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def from_dense(records: Sequence[dict], dense: Sequence[dict]) -> tuple[float, float | None]:

@@ -27,6 +27,7 @@ from ppsr.masks.pure_pass import classify_pixels, pure_mask
 from ppsr.ops.category_attention import category_attention
 from ppsr.ops.dispatch import available, use_backend
 from ppsr.ops.window_attention import window_attention
+from ppsr.runtime import threads
 from ppsr.training.options import load_options
 from ppsr.weights import read_checkpoint
 
@@ -37,12 +38,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def quiet():
     import logging
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    yield
+    with threads(1):
+        yield
     logging.disable(logging.NOTSET)
-    torch.set_num_threads(threads)
 
 
 # --------------------------------------------------------------------------------------------------------- properties

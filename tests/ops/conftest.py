@@ -6,18 +6,18 @@ import multiprocessing
 import pytest
 import torch
 
+from ppsr.runtime import threads
+
 
 @pytest.fixture(autouse=True, scope='module')
 def _one_thread():
     # these tensors are tiny: two threads would wait for each other, for very long on a busy machine
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
-@pytest.fixture
-def threads():
+@pytest.fixture(name='threads')
+def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from tiny_training import options, write_options, write_pairs
 
 from ppsr.cli import main
@@ -29,12 +28,7 @@ l_pix: 4.0e-02\x20
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def test_what_a_training_writes_is_read(tmp_path, monkeypatch):

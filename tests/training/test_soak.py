@@ -21,14 +21,6 @@ def net(tiny):
     return PPATDLight(**tiny).eval()
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def picture(i: int) -> np.ndarray:
     height, width = SIZES[i % len(SIZES)]
     cells = np.random.default_rng(i % 29).integers(0, 256, (height, width, 3), np.uint8)

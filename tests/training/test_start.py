@@ -17,6 +17,7 @@ from tiny_training import options, write_options, write_pairs
 from ppsr.cli import main
 from ppsr.errors import UserError
 from ppsr.locks import Lock
+from ppsr.runtime import threads
 from ppsr.training import test
 from ppsr.training.folders import RunLog, archive, keep_options, make_fresh
 from ppsr.training.options import load_options
@@ -33,10 +34,8 @@ def data(tmp_path_factory):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield tmp_path
 
 
 def short(data, **changes) -> dict:

@@ -30,12 +30,7 @@ ALONE = {'rank': 0, 'world_size': 1}
 NETWORK = options(Path('unused'))['network_g']
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

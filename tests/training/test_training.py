@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from ppsr.errors import UserError
 from ppsr.models.pure_pass_sr_model import first_not_finite
+from ppsr.runtime import threads
 from ppsr.training.checkpoints import read_state
 from ppsr.training.flat import flat_loss, flat_pictures
 from ppsr.training.loader import TrainBatches
@@ -24,10 +25,8 @@ from ppsr.weights import load_model
 @pytest.fixture(scope='module', autouse=True)
 def one_thread():
     """Networks this small gain nothing from threads, and lose much where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope='module')

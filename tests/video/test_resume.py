@@ -1,17 +1,17 @@
 """Runs that are interrupted, and the command."""
 
+import functools
 import os
 import resource
 import signal
 import sys
-import time
 
 import pytest
 
 av = pytest.importorskip('av')
 
 from processes import Process  # noqa: E402
-from video_cases import clip, moving, read  # noqa: E402
+from video_cases import clip, moving, read, wait_in_the_eighth_frame  # noqa: E402
 
 from ppsr.archs import PPATDLight  # noqa: E402
 from ppsr.cli import main  # noqa: E402
@@ -45,22 +45,9 @@ def computed(monkeypatch):
     return frames
 
 
-def _stop_in_the_eighth_frame():
-    real, calls = Upscaler.upscale_with_stats, []
-
-    def slow(self, *args, **options):
-        calls.append(args)
-        if len(calls) == 8:
-            print('waiting', file=sys.stderr, flush=True)
-            time.sleep(600)
-        return real(self, *args, **options)
-
-    Upscaler.upscale_with_stats = slow
-
-
 def _begin(command, target):
     """A process that has done two runs of frames and hangs in the third, and its hidden folder."""
-    process = Process([*command, target], prepare=_stop_in_the_eighth_frame)
+    process = Process([*command, target], prepare=functools.partial(wait_in_the_eighth_frame, 600))
     process.until(lambda: b'waiting' in process.stderr)
     assert process.alive, process.stderr
     (folder,) = target.parent.glob('.ppsr-video-*')

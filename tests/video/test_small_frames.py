@@ -2,9 +2,7 @@
 
 import dataclasses
 import signal
-import sys
 import threading
-import time
 from fractions import Fraction
 
 import numpy as np
@@ -15,13 +13,14 @@ av = pytest.importorskip('av')
 
 from processes import Process  # noqa: E402
 from support import needs_kernels  # noqa: E402
-from video_cases import cartoon, clip, moving, read, samples  # noqa: E402
+from video_cases import cartoon, clip, moving, read, samples, wait_in_the_eighth_frame  # noqa: E402
 
 from ppsr.archs import PPATDLight  # noqa: E402
 from ppsr.cli import main  # noqa: E402
 from ppsr.errors import UserError  # noqa: E402
 from ppsr.pictures import memory  # noqa: E402
 from ppsr.pictures.upscaler import Upscaler  # noqa: E402
+from ppsr.runtime import threads  # noqa: E402
 from ppsr.video import enlarge, upscale_video  # noqa: E402
 from ppsr.weights import save_checkpoint  # noqa: E402
 
@@ -53,11 +52,8 @@ def computed(monkeypatch):
 
 
 def alone(run):
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         return run()
-    finally:
-        torch.set_num_threads(2)
 
 
 def figures(stats):
@@ -241,16 +237,7 @@ def test_interrupted_nothing_more_is_begun_and_the_next_run_goes_on(tmp_path, up
 
 def _two_threads_and_a_slow_eighth_frame():
     torch.set_num_threads(2)
-    real, calls = Upscaler.upscale_with_stats, []
-
-    def slow(self, *args, **options):
-        calls.append(args)
-        if len(calls) == 8:
-            print('waiting', file=sys.stderr, flush=True)
-            time.sleep(3)
-        return real(self, *args, **options)
-
-    Upscaler.upscale_with_stats = slow
+    wait_in_the_eighth_frame(3)
 
 
 def test_ctrl_c_while_the_command_waits_for_a_frame(tmp_path, tiny, capsys):

@@ -5,11 +5,11 @@ backward, registered with torch.library (meta, autograd, FLOP formula), so that 
 activation checkpointing see one operator. An implementation runs below autograd, so every backend brings its backward.
 
 What the two operators pass on, beside the arguments that :func:`category_attention` explains: ``keep``, whether a pure
-token gets its value vector or zeros (``fill``: if anything); ``lse`` (B, h, N) float32 (float64 for float64), the
-natural logarithm of the sum of each token's exp(logit); ``order`` (B, N) int32, the tokens in sorted order, the pure
-ones last; ``counts`` (B,) int32, how many are active. lse of a pure token is not read. A backward may be given another
-backend's forward. Without ``with_lse`` a
-forward may leave lse out: the compiled kernels do.
+token gets its value vector or zeros; ``lse`` (B, h, N) float32 (float64 for float64), the natural logarithm of the sum
+of each token's exp(logit); ``order`` (B, N) int32, the tokens in sorted order, the pure ones last; ``counts`` (B,)
+int32, how many are active. lse of a pure token is not read. A backward may be given another backend's forward.
+
+Without ``fill`` a forward may leave out the rows of pure tokens, without ``with_lse`` lse: the compiled kernels do.
 """
 
 import torch

@@ -234,7 +234,7 @@ static void window_backward_task(void *context, int64_t chunk, int more, void *s
 }
 
 /* qkv (batch, height, width, 3 channels), table ((2 size - 1)^2, heads), pure (batch, height, width) or NULL -> out
- * (batch, height, width, channels), lse (batch, heads, height, width); fill: with zeros where a token is pure; lse may be NULL.
+ * (batch, height, width, channels), lse (batch, heads, height, width) or NULL; fill: with zeros where a token is pure.
  * Returns 0, or -1 if there is not enough memory. */
 int ppsr_window_forward(const float *qkv, const float *table, const uint8_t *pure, float *out, float *lse,
                         int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t heads, int64_t size,

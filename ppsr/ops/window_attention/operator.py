@@ -7,7 +7,7 @@ every backend brings its backward. Beside the output a forward returns ``lse`` (
 float64), the natural logarithm of the sum of each token's exp(logit); that of a pure token is not read. A backward may
 be given another backend's.
 
-Without ``fill`` a forward may leave out the rows of pure tokens, without ``with_lse`` that: the compiled kernels do.
+Without ``fill`` a forward may leave out the rows of pure tokens, without ``with_lse`` lse: the compiled kernels do.
 """
 
 import torch
